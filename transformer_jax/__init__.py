@@ -1,0 +1,14 @@
+"""transformer_jax: every Transformer from sequence-to-sequence models onwards, in JAX.
+
+Everything is a verb on an experiment: `train(experiment)`, `evaluate(run)`, `translate(run, sentences)`, as
+functions here and as `tjax train ...` on the command line.
+"""
+
+from __future__ import annotations
+
+from transformer_jax.config import Experiment
+from transformer_jax.errors import UserError
+from transformer_jax.translate import Translator
+from transformer_jax.verbs import evaluate, list_recipes, show, train, translate
+
+__all__ = ["Experiment", "Translator", "UserError", "evaluate", "list_recipes", "show", "train", "translate"]

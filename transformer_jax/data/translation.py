@@ -1,0 +1,157 @@
+"""`ParallelText`: the data of a translation experiment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from transformer_jax.config import DataConfig
+from transformer_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from transformer_jax.data.examples import Filters
+    from transformer_jax.data.parallel import ParallelData
+    from transformer_jax.data.sources import Pairs
+    from transformer_jax.data.tokenizer import Tokenizer
+
+_TOKENIZER_PAIRS: Final = 1_000_000  # more pairs take hours of counting and change hardly a merge
+
+
+@dataclass(frozen=True)
+class ParallelText(DataConfig):
+    """Pairs of sentences in two languages, from TFDS or from your own files."""
+
+    dataset: str
+    """TFDS name (wmt14_translate/de-en, tjax_parallel/help_en_ko), or your files: x.tsv, x.jsonl, or two as a.de,a.en."""
+    source: str = "en"
+    """Language code of the source side."""
+    target: str = "ko"
+    """Language code of the target side."""
+    train: str = ""
+    """TFDS split expression, by default "train"; with your own files a file, by default what is not held out."""
+    validation: str = ""
+    """TFDS split expression, by default "validation"; with your own files a file, by default 5 % held out by group."""
+    test: str = ""
+    """TFDS split expression, by default "test"; with your own files a file, by default 5 % held out by group."""
+    tokenizer: str = ""
+    """A tokenizer.json to use; empty trains byte-level BPE on both sides of the training pairs."""
+    min_words: int = 0
+    """Fewest whitespace words on either side of a pair, in every split; 0 is no limit."""
+    max_words: int = 0
+    """Most whitespace words on either side of a pair, in every split; 0 is no limit."""
+    max_length: int = 256
+    """Most tokens on either side, end of sentence included; longer training and validation pairs are dropped."""
+    batch_tokens: int = 25_000
+    """Tokens on each side of a batch, padding included."""
+    rows_multiple: int = 8
+    """Every batch has a multiple of this many rows, so that a mesh can divide it."""
+    bucket_lengths: tuple[int, ...] = ()
+    """Lengths to which batches are padded, each a shape to compile; empty doubles from 16 up to max_length."""
+    data_dir: str = ""
+    """Folder of prepared TFDS datasets; empty is TFDS's own ($TFDS_DATA_DIR or ~/tensorflow_datasets)."""
+    threads: int = 4
+    """Threads that assemble batches ahead of the step; 0 assembles them when they are asked for."""
+
+    def check(self) -> None:
+        """Raise `UserError` for values that contradict each other; looks at no data."""
+        if not self.dataset:
+            raise UserError("data.dataset is empty; name a TFDS dataset or your own files.")
+        if self.source == self.target:
+            raise UserError(f"data.source and data.target are both '{self.source}'.")
+        for name in ("min_words", "max_words", "threads"):
+            if getattr(self, name) < 0:
+                raise UserError(f"data.{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("batch_tokens", "rows_multiple"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name} must be at least 1, got {getattr(self, name)}.")
+        if self.max_length < 2:
+            raise UserError(f"data.max_length must be at least 2 (a token and <eos>), got {self.max_length}.")
+        if self.max_words and self.max_words < self.min_words:
+            raise UserError(f"data.max_words = {self.max_words} is less than data.min_words = {self.min_words}.")
+        if self.batch_tokens < self.max_length * self.rows_multiple:
+            raise UserError(
+                f"data.batch_tokens = {self.batch_tokens} has no room for data.rows_multiple = {self.rows_multiple} "
+                f"rows of data.max_length = {self.max_length}: that takes {self.max_length * self.rows_multiple}."
+            )
+        self._check_buckets()
+
+    def _check_buckets(self) -> None:
+        lengths = self.bucket_lengths
+        if not lengths:
+            return
+        if list(lengths) != sorted(set(lengths)) or lengths[0] < 1:
+            raise UserError(f"data.bucket_lengths must be positive and ascend, got {lengths}.")
+        if lengths[-1] != self.max_length:
+            raise UserError(
+                f"data.bucket_lengths must end with data.max_length = {self.max_length}, but the last is {lengths[-1]}."
+            )
+
+    def open(self, vocab_size: int, seed: int, tokenizer_json: str | None = None) -> ParallelData:
+        """Read, filter and tokenize all splits; what was tokenized before comes from the cache.
+
+        Args:
+            vocab_size: rows of the model's embedding; a trained tokenizer gets at most as many tokens.
+            seed: unused, since nothing is sampled here; the order of training is drawn in `train_iterator`.
+            tokenizer_json: the tokenizer saved with a run, which then is used whatever `self.tokenizer` says.
+
+        Raises `UserError` for absent or malformed data, a tokenizer that does not fit, or no usable pairs.
+
+        """
+        del seed
+        from transformer_jax.data.examples import Filters, tokenized  # noqa: PLC0415 - the command line only needs
+        from transformer_jax.data.holdout import SPLITS  # noqa: PLC0415   the fields, and must show its help at once
+        from transformer_jax.data.parallel import ParallelData  # noqa: PLC0415
+        from transformer_jax.data.plan import geometric_buckets, make_buckets  # noqa: PLC0415
+        from transformer_jax.data.sources import open_splits  # noqa: PLC0415
+
+        self.check()
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        pairs = open_splits(self.dataset, self.source, self.target, {s: parts[s] for s in SPLITS}, self.data_dir)
+        words = Filters(self.min_words, self.max_words)
+        limited = Filters(self.min_words, self.max_words, self.max_length)
+        tokenizer = self._tokenizer(vocab_size, tokenizer_json, pairs["train"], words)
+        # Test pairs are all scored, however long: a score over chosen sentences is not comparable.
+        examples = {s: tokenized(pairs[s], tokenizer, words if s == "test" else limited) for s in SPLITS}
+        for split in SPLITS:
+            if not len(examples[split]):
+                raise UserError(
+                    f"{pairs[split].name}: no usable {split} pairs out of {len(pairs[split])} "
+                    f"(dropped: {examples[split].dropped}); loosen the filters of the data or name another file."
+                )
+        lengths = self.bucket_lengths or geometric_buckets(self.max_length)
+        buckets = make_buckets(lengths, self.batch_tokens, self.rows_multiple)
+        return ParallelData(tokenizer, pairs, examples, buckets, self.threads)
+
+    def _tokenizer(self, vocab_size: int, saved: str | None, train: Pairs, filters: Filters) -> Tokenizer:
+        from transformer_jax.data.tokenizer import Tokenizer  # noqa: PLC0415
+
+        if saved is not None:
+            tokenizer, where = Tokenizer.from_json(saved, where="tokenizer of the run"), "the tokenizer of the run"
+        elif self.tokenizer:
+            tokenizer, where = Tokenizer.load(Path(self.tokenizer)), self.tokenizer
+        else:
+            tokenizer, where = trained_tokenizer(train, vocab_size, filters), "the trained tokenizer"
+        tokenizer.require(vocab_size, where)
+        return tokenizer
+
+
+def trained_tokenizer(train: Pairs, vocab_size: int, filters: Filters) -> Tokenizer:
+    """Train byte-level BPE on `train` (evenly spaced chunks of a very large set), or read it from the cache.
+
+    Raises `UserError` if no pair passes the filters, or the vocabulary is too small.
+    """
+    import tokenizers  # noqa: PLC0415
+
+    from transformer_jax.data.cache import cached, fingerprint  # noqa: PLC0415
+    from transformer_jax.data.examples import usable_texts  # noqa: PLC0415
+    from transformer_jax.data.tokenizer import Tokenizer  # noqa: PLC0415
+
+    stride = -(-len(train) // _TOKENIZER_PAIRS)
+
+    def write(folder: Path) -> None:
+        tokenizer = Tokenizer.train(usable_texts(train, filters, stride), vocab_size)
+        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+
+    key = fingerprint(train.digest, vocab_size, vars(filters), tokenizers.__version__)
+    return Tokenizer.load(cached(f"tokenizer-{key}", write) / "tokenizer.json")

@@ -1,0 +1,1 @@
+"""Blocks: layers, attention, positions, and the stack that repeats them."""

@@ -1,0 +1,90 @@
+"""The one place where layers are repeated.
+
+Two ways to run the same layers. Scanned: one stacked tree of parameters [L, ...] and `jax.lax.scan`, so that compile
+time does not grow with depth. Unrolled: one tree per layer, which is faster on CPU and for shallow models on GPU, and
+which decoding needs (one cache per layer). Checkpoints always hold the stacked form; `stack_layers` and
+`unstack_layers` convert at that boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from transformer_jax.config import ComputeConfig
+from transformer_jax.nn.layers import split
+
+MAX_UNROLLED = 24
+"""Depth up to which compute.layers=auto unrolls on CPU."""
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Stack(nnx.Module):
+    """`depth` equal blocks, each from `block(key)` and called as `block(x, *inputs, key=key) -> (x, extras)`."""
+
+    def __init__(
+        self, key: jax.Array, block: Callable[[jax.Array], nnx.Module], depth: int, compute: ComputeConfig
+    ) -> None:
+        keys = jax.random.split(key, depth)
+        self.depth = depth
+        self.remat = compute.remat
+        self.scanned = compute.layers == "scan" or (
+            compute.layers == "auto" and (jax.default_backend() != "cpu" or depth > MAX_UNROLLED)
+        )
+        if self.scanned:
+            self.layers = jax.vmap(block)(keys)
+            for _, node in nnx.iter_graph(self.layers):
+                if isinstance(node, nnx.Param):
+                    node.set_metadata(letters="L" + node.get_metadata("letters"))
+        else:
+            self.layers = nnx.List([block(k) for k in keys])
+
+    def __call__(self, x: jax.Array, *inputs: Any, key: jax.Array | None = None) -> jax.Array:
+        """Run x through all blocks; the same `inputs` go to each, and a key of its own."""
+
+        def run(block: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
+            return block(x, *inputs, key=key)[0]
+
+        if self.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scanned)
+        keys = split(key, self.depth)
+        if not self.scanned:
+            for block, layer_key in zip(self.layers, keys, strict=True):
+                x = run(block, x, layer_key)
+            return x
+        layer_keys = None if key is None else jnp.stack(keys)
+        return jax.lax.scan(lambda x, layer: (run(layer[0], x, layer[1]), None), x, (self.layers, layer_keys))[0]
+
+
+def _is_layers(node: Any) -> bool:
+    return isinstance(node, dict) and len(node) > 0 and set(node) == set(range(len(node)))
+
+
+def stack_layers(tree: Any, combine: Callable[[list[Any]], Any] = jnp.stack) -> Any:
+    """Turn every {0: layer, 1: layer, ...} of a tree of dicts into one layer of leaves combined over L."""
+
+    def convert(node: Any) -> Any:
+        if not _is_layers(node):
+            return node
+        return jax.tree.map(lambda *leaves: combine(list(leaves)), *(node[i] for i in range(len(node))))
+
+    return jax.tree.map(convert, tree, is_leaf=_is_layers)
+
+
+def unstack_layers(tree: Any, like: Any) -> Any:
+    """Undo `stack_layers` wherever `like` holds one tree per layer."""
+
+    def convert(target: Any, node: Any) -> Any:
+        if not _is_layers(target):
+            return node
+        return {i: jax.tree.map(lambda leaf, i=i: leaf[i], node) for i in target}
+
+    return jax.tree.map(convert, like, tree, is_leaf=_is_layers)

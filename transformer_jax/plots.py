@@ -1,0 +1,203 @@
+"""Pictures of a run: its loss curve and what its attention looks at.
+
+Drawn on figures of our own, without `pyplot` and without touching `rcParams`, so that a library call leaves no
+trace in the caller's session. Tokens come in any script; `_font` sees to it that each has a glyph.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.ft2font import FT2Font
+
+from transformer_jax.errors import UserError
+
+DPI = 150
+_INK, _TRAIN, _VALIDATION = "#333333", "#8fb3d9", "#c8452f"
+
+
+def loss_curve(
+    records: Iterable[Mapping[str, Any]],
+    path: Path,
+    *,
+    train: str = "loss",
+    validation: str = "validation_loss",
+) -> None:
+    """Draw training loss (thin) and validation loss (thick, its best point marked) against steps.
+
+    Args:
+        records: lines of a metrics file; each has "step" and, where measured, the two losses.
+        path: PNG to write.
+        train: name of the training loss in the records.
+        validation: name of the validation loss.
+
+    Raises:
+        UserError: no record holds a finite loss.
+    """
+    records = list(records)
+    curves = {name: _curve(records, name) for name in (train, validation)}
+    if not any(len(steps) for steps, _ in curves.values()):
+        raise UserError(f"Nothing to draw: no record holds a finite '{train}' or '{validation}'.")
+
+    figure = _figure(7.0, 4.0)
+    axes = figure.add_subplot()
+    steps, losses = curves[train]
+    axes.plot(steps, losses, color=_TRAIN, linewidth=0.9, label="training")
+    steps, losses = curves[validation]
+    if len(steps):
+        best = int(np.argmin(losses))
+        axes.plot(steps, losses, color=_VALIDATION, linewidth=2.2, label="validation")
+        mark = f"best: {losses[best]:.4g} at step {steps[best]:,}"
+        axes.plot(steps[best], losses[best], "o", color=_VALIDATION, markersize=7, markeredgecolor="white", label=mark)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def attention_map(
+    weights_TS: np.ndarray, row_labels: Sequence[str], column_labels: Sequence[str], path: Path, title: str = ""
+) -> None:
+    """Draw one head: rows are the tokens that attend, columns those attended to. See `attention_grid`."""
+    attention_grid({"": weights_TS}, row_labels, column_labels, path, title)
+
+
+def attention_grid(
+    panels: Mapping[str, np.ndarray],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    path: Path,
+    title: str = "",
+    *,
+    across: int = 4,
+) -> None:
+    """Draw heads side by side on one colour scale.
+
+    Args:
+        panels: weights_TS by name, for example {"layer 1, head 3": weights_LNTS[0, 2]}.
+        row_labels: the T tokens that attend.
+        column_labels: the S tokens attended to.
+        path: PNG to write; its size follows the number of tokens.
+        title: written above all.
+        across: panels in a row, at most.
+
+    Raises:
+        UserError: no panels, weights that do not fit the labels or are not finite, or a character for which no
+            font is installed.
+    """
+    T, S = len(row_labels), len(column_labels)
+    if not panels or not T or not S or across < 1:
+        raise UserError("An attention map needs at least one panel, one row, one column, and one panel across.")
+    for name, weights_TS in panels.items():
+        if np.shape(weights_TS) != (T, S):
+            raise UserError(f"Attention '{name}' has shape {np.shape(weights_TS)}, the labels want {(T, S)}.")
+        if not np.all(np.isfinite(weights_TS)):
+            raise UserError(f"Attention '{name}' has weights that are not finite.")
+    rows, columns = [_visible(label) for label in row_labels], [_visible(label) for label in column_labels]
+    font = _font("".join([*rows, *columns, *panels, title]))
+
+    across = min(across, len(panels))
+    down = math.ceil(len(panels) / across)
+    cell, size = (0.26, 8) if len(panels) == 1 else (0.2, 6)  # inches, points: neighbouring labels do not touch
+    labels = 0.075 * max(map(len, rows)), 0.075 * max(map(len, columns))
+    width, height = (max(tokens * cell, 1.2) for tokens in (S, T))
+    # Compressed: panels of a fixed aspect stand together instead of filling equal cells.
+    figure = _figure(across * width + labels[0] + 1.0, down * (height + 0.3) + labels[1] + 0.5, layout="compressed")
+    grid = figure.subplots(down, across, squeeze=False)
+    highest = max(float(np.max(weights_TS)) for weights_TS in panels.values())
+    for axes, name in zip(grid.flat, panels, strict=False):
+        image = axes.imshow(panels[name], cmap="Blues", vmin=0.0, vmax=highest)
+        axes.set_title(name, fontproperties=font, fontsize=8, color=_INK, parse_math=False)
+        axes.spines[:].set_color("#cccccc")
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    text = {"fontproperties": font, "fontsize": size, "color": _INK, "parse_math": False}
+    for axes in grid[:, 0]:
+        axes.set_yticks(range(T), rows, **text)
+        axes.tick_params(length=0)
+    for axes in grid[0]:
+        axes.xaxis.tick_top()  # where reading starts
+        axes.set_xticks(range(S), columns, rotation=90, **text)
+        axes.tick_params(length=0)
+    bar = figure.colorbar(image, ax=grid, shrink=0.8, aspect=30, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=7, length=0, labelcolor=_INK)
+    if title:
+        figure.suptitle(title, fontproperties=font, fontsize=11, color=_INK, parse_math=False)
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
+
+
+def _figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(record["step"], record[name]) for record in records if name in record and math.isfinite(record[name])]
+    return np.array([step for step, _ in points], int), np.array([loss for _, loss in points], float)
+
+
+def _visible(label: str) -> str:
+    """Spell out what would draw nothing or move the pen: control characters, and a label of spaces."""
+    spelled = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in label)
+    return spelled if spelled.strip() else f"'{spelled}'"
+
+
+def _font(text: str) -> FontProperties:
+    """Return matplotlib's default font, followed by as few others as it takes to have a glyph for all of `text`."""
+    families = list(FontProperties().get_family())
+    missing = set(text) - _glyphs(families[0])
+    if missing:
+        candidates = {family: _glyphs(family) for family in _other_families()}
+        while missing and candidates:
+            family = max(candidates, key=lambda family: len(missing & candidates[family]))
+            if not missing & candidates[family]:
+                break
+            missing -= candidates.pop(family)
+            families.append(family)
+    if missing:
+        raise UserError(
+            f"No installed font has glyphs for {' '.join(sorted(missing))}: install one and retry, for Korean by "
+            "pip install koreanize-matplotlib, for Chinese and Japanese a system font such as Noto Sans CJK."
+        )
+    return FontProperties(family=families)
+
+
+def _other_families() -> list[str]:
+    """Names of the system's upright fonts, sans first, and last the NanumGothic of koreanize-matplotlib."""
+    # Last Resort has a box for every character, and emoji fonts are bitmaps that Agg cannot scale.
+    plain = ("normal", 400, "normal")
+    fonts = font_manager.fontManager.ttflist
+    system = sorted(
+        {font.name for font in fonts if (font.style, font.weight, font.stretch) == plain},
+        key=lambda name: ("Sans" not in name and "Gothic" not in name, name),
+    )
+    families = [name for name in system if "Last Resort" not in name and "Emoji" not in name]
+    shipped = "NanumGothic"
+    # Importing the package would set the fonts of the whole session.
+    package = importlib.util.find_spec("koreanize_matplotlib")
+    if shipped not in families and package is not None and package.origin is not None:
+        font_manager.fontManager.addfont(Path(package.origin).with_name("fonts") / f"{shipped}.ttf")
+        families.append(shipped)
+    return families
+
+
+def _glyphs(family: str) -> set[str]:
+    """Return the characters that a font family can draw."""
+    path = font_manager.findfont(FontProperties(family=[family]))
+    return {chr(code) for code in FT2Font(path).get_charmap()}

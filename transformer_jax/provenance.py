@@ -1,0 +1,43 @@
+"""Where a number comes from: command, commit, versions, device, time."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a reader needs to make the number again, JSON-able."""
+    devices = jax.devices()
+    return {
+        "command": sys.argv,
+        "commit": _commit(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "backend": jax.default_backend(),
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "processes": jax.process_count(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the source tree, "+changes" if it differs from it; None outside a git checkout."""
+    source = Path(__file__).parent
+    try:
+        args = ["git", "-C", str(source), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
+        done = subprocess.run(args, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # git is not installed
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,110 @@
+"""The mesh, and the two tables that map shape letters to its axes.
+
+A parameter declares its letters once ("DNH"); an activation is constrained where it is made
+(`constrain(x_BTF, "BTF")`). The legend of the letters stands at the top of `nn/attention.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from transformer_jax.config import MeshConfig
+from transformer_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+BATCH_AXES = ("data", "fsdp")
+"""Mesh axes that divide the rows of a batch."""
+
+PARAMETER_AXES: dict[str, str | None] = {
+    "V": "tensor",
+    "N": "tensor",
+    "K": "tensor",
+    "F": "tensor",
+    "D": "fsdp",
+    "H": None,
+    "L": None,
+}
+
+ACTIVATION_AXES: dict[str, str | tuple[str, ...] | None] = {
+    "B": BATCH_AXES,
+    "V": "tensor",
+    "N": "tensor",
+    "K": "tensor",
+    "F": "tensor",
+    "D": None,
+    "H": None,
+    "T": None,
+    "S": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange the devices (all, unless given) as data x fsdp x tensor.
+
+    Raises:
+        UserError: the product of the axes is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise UserError(f"mesh: axes must be positive, at most one -1; got {dict(zip(AXES, sizes, strict=True))}.")
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise UserError(f"mesh {shape} does not match {len(devices)} device(s); set --mesh.data -1 to use what is left.")
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=np.asarray(devices).flatten().tolist()
+    )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Return the number of parts a batch is cut into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the batch axes; everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def parameter_shardings(abstract: Any, letters: Any, mesh: Mesh) -> Any:
+    """Map a tree of abstract parameters and its tree of letters to a tree of shardings.
+
+    Raises:
+        UserError: an axis does not divide a dimension. Nothing is silently replicated.
+    """
+
+    def one(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct, names: str) -> NamedSharding:
+        where = jax.tree_util.keystr(path, simple=True, separator=".")
+        spec = [PARAMETER_AXES[letter] for letter in names]
+        for letter, axis, size in zip(names, spec, leaf.shape, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UserError(
+                    f"mesh {axis}={mesh.shape[axis]} does not divide {letter}={size} of parameter {where} {names}; "
+                    f"choose a --mesh.{axis} that does."
+                )
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(one, abstract, letters)
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+    """Lay an activation out by its letters on the mesh set with `jax.set_mesh`; without a mesh, do nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(ACTIVATION_AXES[letter] for letter in letters)))

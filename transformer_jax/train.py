@@ -1,0 +1,185 @@
+"""The training step: a pure function of a state and a batch, jitted in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from transformer_jax.config import Experiment
+from transformer_jax.errors import UserError
+from transformer_jax.nn.module import Params, Skeleton
+from transformer_jax.objectives import Sums
+from transformer_jax.optim import optimizer, schedule
+from transformer_jax.sharding import batch_sharding, batch_shards, make_mesh, parameter_shardings, replicated
+
+Batch = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "key"], meta_fields=[])
+@dataclass(frozen=True)
+class TrainState:
+    """All that changes from step to step."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+    key: jax.Array
+    """Raw data of the run's random key; step n uses `fold_in(key, n)`."""
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """An experiment on a mesh: the abstract state with its layout, and the compiled steps."""
+
+    experiment: Experiment
+    skeleton: Skeleton
+    tx: optax.GradientTransformation
+    mesh: Mesh
+
+    @staticmethod
+    def of(experiment: Experiment, devices: list[jax.Device] | None = None) -> Trainer:
+        """Check everything that can be checked before compiling or allocating; raises `UserError`."""
+        experiment.check()
+        mesh = make_mesh(experiment.mesh, devices)
+        skeleton = Skeleton.of(experiment.model, experiment.compute)
+        parameter_shardings(skeleton.abstract, skeleton.letters, mesh)
+        parts = batch_shards(mesh) * experiment.train.accumulate
+        if experiment.data.rows_multiple % parts:
+            raise UserError(
+                f"batches have a multiple of data.rows_multiple={experiment.data.rows_multiple} rows, which "
+                f"{batch_shards(mesh)} batch shard(s) x train.accumulate={experiment.train.accumulate} do not divide; "
+                f"set --data.rows-multiple {parts}."
+            )
+        return Trainer(experiment, skeleton, optimizer(experiment.optim, skeleton.letters), mesh)
+
+    def init(self) -> TrainState:
+        """Draw a fresh state, laid out on the mesh."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self._init, out_shardings=self.shardings())()
+
+    def _init(self) -> TrainState:
+        key = jax.random.key(self.experiment.train.seed)
+        params = self.skeleton.init(jax.random.fold_in(key, 0))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=self.tx.init(params),
+            key=jax.random.key_data(jax.random.fold_in(key, 1)),
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Shapes and dtypes of the state, without memory."""
+        return jax.eval_shape(self._init)
+
+    def shardings(self) -> TrainState:
+        """Layout of the state: optimizer moments lie like their parameters, counters on every device."""
+        whole = replicated(self.mesh)
+        params = parameter_shardings(self.skeleton.abstract, self.skeleton.letters, self.mesh)
+        opt_state = optax.tree_utils.tree_map_params(
+            self.tx,
+            lambda _, sharding: sharding,
+            self.abstract_state().opt_state,
+            params,
+            transform_non_params=lambda _: whole,
+        )
+        return TrainState(step=whole, params=params, opt_state=opt_state, key=whole)
+
+    def put(self, batch: Batch) -> Batch:
+        """Lay this process's rows of a batch out on the mesh; example ids stay behind, they are for people."""
+        rows: NamedSharding = batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(rows, value)
+            for name, value in batch.items()
+            if name != "example"
+        }
+
+    def train_step(self) -> Any:
+        """Return the jitted (state, batch) -> (state, metrics); the old state's memory is reused."""
+        step = partial(train_step, self)
+        return self._under_mesh(jax.jit(step, out_shardings=(self.shardings(), None), donate_argnums=0))
+
+    def eval_step(self) -> Any:
+        """Return the jitted (params, batch) -> sums, deterministic."""
+
+        def step(params: Params, batch: Batch) -> Sums:
+            return self.experiment.objective(self.skeleton.bind(params), batch, None)
+
+        return self._under_mesh(jax.jit(step))
+
+    def pmap_train_step(self) -> Any:
+        """Return the data-parallel step by `jax.pmap`, for comparison: everything leads with a device axis."""
+        return jax.pmap(partial(train_step, self, axis_name="devices"), axis_name="devices", donate_argnums=0)
+
+    def _under_mesh(self, jitted: Any) -> Any:
+        def call(*args: Any) -> Any:
+            with jax.set_mesh(self.mesh):
+                return jitted(*args)
+
+        return call
+
+
+def train_step(
+    trainer: Trainer, state: TrainState, batch: Batch, *, axis_name: str | None = None
+) -> tuple[TrainState, Metrics]:
+    """One update from one batch. With `axis_name` (pmap), sums of gradients and losses are added over that axis.
+
+    Metrics: every sum of the objective divided by its weight, the weight itself as "tokens", the global gradient
+    norm before clipping, and the learning rate.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    grads, sums = _accumulated(trainer, state.params, batch, key)
+    if axis_name is not None:
+        grads, sums = jax.lax.psum((grads, sums), axis_name)
+    weight = jnp.maximum(sums["weight"], 1.0)
+    grads = jax.tree.map(lambda g: g / weight, grads)
+    updates, opt_state = trainer.tx.update(grads, state.opt_state, state.params)
+    new = TrainState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        key=state.key,
+    )
+    metrics = means(sums) | {
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": schedule(trainer.experiment.optim.schedule)(state.step),
+    }
+    return new, metrics
+
+
+def means(sums: Sums) -> Metrics:
+    """Divide every sum by the weight; the weight itself is the number of tokens."""
+    weight = jnp.maximum(sums["weight"], 1.0)
+    return {name: value / weight for name, value in sums.items() if name != "weight"} | {"tokens": sums["weight"]}
+
+
+def _accumulated(trainer: Trainer, params: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
+    """Gradients of the summed loss, and all sums, over `accumulate` micro-batches."""
+
+    def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        sums = trainer.experiment.objective(trainer.skeleton.bind(params), batch, key)
+        return sums["loss"], sums
+
+    gradient = jax.grad(loss, has_aux=True)
+    n = trainer.experiment.train.accumulate
+    if n == 1:
+        return gradient(params, batch, key)
+
+    # Row i goes to micro-batch i mod n: every device keeps the rows it holds.
+    micro = jax.tree.map(lambda x: x.reshape(len(x) // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total: tuple[Params, Sums], part: tuple[Batch, jax.Array]) -> tuple[tuple[Params, Sums], None]:
+        return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+    keys = jax.random.split(key, n)
+    first = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), keys[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    return jax.lax.scan(add, zeros, (micro, keys))[0]

@@ -1,0 +1,160 @@
+"""The verbs of the library: list, show, train, evaluate, translate. The command line calls exactly these."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformer_jax.checkpoint import load_meta
+from transformer_jax.config import DecodeConfig, Experiment, flatten
+from transformer_jax.evaluate import Scored, parallel_text, read_test, score
+from transformer_jax.logs import read_metrics
+from transformer_jax.loop import Outcome, run_training
+from transformer_jax.nn.module import Skeleton, parameter_count
+from transformer_jax.plots import attention_grid, loss_curve
+from transformer_jax.provenance import provenance
+from transformer_jax.recipes import recipes
+from transformer_jax.translate import Translation, Translator
+
+SAMPLES = 10
+"""Held-out sentences shown after an evaluation."""
+
+
+def list_recipes() -> dict[str, str]:
+    """Return every recipe with the first line of its description."""
+    return {name: (inspect.getdoc(recipe) or "").split("\n", 1)[0] for name, recipe in recipes().items()}
+
+
+def show(experiment: Experiment) -> dict[str, Any]:
+    """Count the parameters of an experiment by component, without allocating any memory.
+
+    Returns:
+        "experiment" (its name), "parameters" (by component, and "total"), "published" (the paper's count, if any)
+        and "settings" (every field).
+    """
+    experiment.check()
+    abstract = Skeleton.of(experiment.model, replace(experiment.compute, layers="scan")).abstract
+    components: dict[str, int] = {}
+    for name, part in abstract.items():
+        layers = part.get("layers") if isinstance(part, dict) else None
+        if layers is None:
+            components[name] = parameter_count(part)
+        else:
+            components |= {f"{name}.{block}": parameter_count(layers[block]) for block in layers}
+    published = experiment.published
+    return {
+        "experiment": experiment.name,
+        "parameters": components | {"total": parameter_count(abstract)},
+        "published": None if published is None else vars(published),
+        "settings": {key: value for key, value in flatten(experiment) if not key.startswith("published")},
+    }
+
+
+def train(experiment: Experiment, run: str | Path | None = None) -> Outcome:
+    """Train an experiment in the folder `run` (`runs/NAME` unless given); a run that was interrupted goes on.
+
+    The folder then holds checkpoints/, metrics.jsonl, tensorboard/, loss.png, experiment.json, tokenizer.json and
+    provenance.json.
+
+    Raises:
+        UserError: bad settings or data, a folder that holds another experiment, NaN, or a full disk.
+    """
+    run = Path(run or Path("runs") / experiment.name)
+    outcome, data = run_training(experiment, run)
+    records = read_metrics(run)
+    if records:
+        validation = [{"step": r["step"], "validation_loss": r["nll"]} for r in records if r["split"] == "validation"]
+        training = [{"step": r["step"], "loss": r["nll"]} for r in records if r["split"] == "train"]
+        loss_curve([*training, *validation], run / "loss.png")
+    if outcome.step > outcome.started_at:
+        _write_json(run / "provenance.json", provenance() | {"data": data.summary(), "seconds": outcome.seconds})
+    return outcome
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured, and where it wrote it."""
+
+    run: Path
+    report: dict[str, Any]
+    scored: Scored
+    samples: list[int]
+    """Positions in the test set of the sentences to show."""
+    files: list[Path]
+
+
+def evaluate(run: str | Path, test: str = "", decode: DecodeConfig | None = None) -> Evaluation:
+    """Score a run on its held-out test split, or on another test set, beside two floors.
+
+    Writes evaluation.json, translations.tsv (source, reference, translation) and, for the own test split,
+    attention.png into the run folder; another test set gets files of its own name.
+
+    Args:
+        run: the run folder.
+        test: another test set: files (pairs.tsv, pairs.jsonl, a.de,a.en) or a TFDS dataset, used in full.
+        decode: search settings, instead of the experiment's.
+
+    Raises:
+        UserError: no readable checkpoint, or absent or malformed data.
+    """
+    run = Path(run)
+    experiment, tokenizer_json = load_meta(run)
+    decode = decode or experiment.decode
+    own = parallel_text(experiment)
+    pairs = read_test(own, test) if test else None
+    translator = Translator.open(run, decode.average)
+    data = own.open(experiment.model.vocab_size, 0, tokenizer_json)
+    pairs = data.pairs("test") if pairs is None else pairs
+    scored = score(translator, data.pairs("train"), pairs, decode)
+    report = {
+        "run": str(run),
+        "experiment": experiment.name,
+        "checkpoints": translator.steps,
+        "test": test or f"{own.dataset} (test)",
+        "decode": vars(decode),
+        "scores": scored.scores,
+        "data": data.summary(),
+        "provenance": provenance(),
+    }
+    suffix = f"-{Path(test).name}" if test else ""
+    files = [run / f"evaluation{suffix}.json", run / f"translations{suffix}.tsv"]
+    _write_json(files[0], report)
+    rows = zip(scored.translations, scored.references, strict=True)
+    lines = ["\t".join((t.source, reference, t.text)).replace("\n", " ") + "\n" for t, reference in rows]
+    files[1].write_text("".join(lines), encoding="utf-8")
+    # The same sentences every time, from all over the test set.
+    samples = sorted(random.Random(0).sample(range(len(pairs)), min(SAMPLES, len(pairs))))
+    if not test:
+        lengths = [(abs(len(scored.translations[i].source.split()) - 8), i) for i in samples]
+        shown = scored.translations[min(lengths)[1]]
+        files.append(draw_attention(translator, shown.source, shown.text, run / "attention.png"))
+    return Evaluation(run, report, scored, samples, files)
+
+
+def translate(
+    run: str | Path, sentences: str | Iterable[str], decode: DecodeConfig | None = None
+) -> Iterator[Translation]:
+    """Translate sentences with a trained run, in order, a batch at a time.
+
+    Raises:
+        UserError: the folder holds no readable checkpoint.
+    """
+    translator = Translator.open(Path(run), decode.average if decode else None)
+    return translator.translate([sentences] if isinstance(sentences, str) else sentences, decode)
+
+
+def draw_attention(translator: Translator, source: str, target: str, path: Path) -> Path:
+    """Draw where each target token looks in the source: cross-attention, averaged over heads, per decoder layer."""
+    weights, columns, rows = translator.attention(source, target)
+    panels = {f"decoder layer {i + 1}": layer_TS for i, layer_TS in enumerate(weights["cross"].mean(1))}
+    attention_grid(panels, rows, columns, path, f"{source} → {target}")
+    return path
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
