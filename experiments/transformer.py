@@ -16,12 +16,15 @@ from transformer_jax.data.translation import ParallelText
 from transformer_jax.models.transformer import TransformerConfig
 from transformer_jax.objectives import Seq2Seq
 
+BASE = TransformerConfig()
+BIG = replace(BASE, width=1024, heads=16, feedforward=4096, dropout=0.3)
+
 
 def transformer_base_wmt14_en_de() -> Experiment:
     """The base model, English to German: table 3, first row; sections 5.1 to 5.4."""
     return Experiment(
         name="transformer_base_wmt14_en_de",
-        model=TransformerConfig(),
+        model=BASE,
         objective=Seq2Seq(smoothing=0.1),
         data=ParallelText(dataset="wmt14_translate/de-en", source="en", target="de", batch_tokens=25_000),
         optim=OptimConfig(
@@ -49,10 +52,8 @@ def transformer_big_wmt14_en_de() -> Experiment:
     return replace(
         base,
         name="transformer_big_wmt14_en_de",
-        model=replace(base.model, width=1024, heads=16, feedforward=4096, dropout=0.3),
-        optim=replace(
-            base.optim, schedule=replace(base.optim.schedule, peak=1024**-0.5 * 4000**-0.5, steps=300_000)
-        ),
+        model=BIG,
+        optim=replace(base.optim, schedule=replace(base.optim.schedule, peak=1024**-0.5 * 4000**-0.5, steps=300_000)),
         train=replace(base.train, steps=300_000, keep=20),
         decode=replace(base.decode, average=20),
         published=Published(
@@ -69,7 +70,7 @@ def transformer_base_wmt14_en_fr() -> Experiment:
     return replace(
         base,
         name="transformer_base_wmt14_en_fr",
-        model=replace(base.model, vocab_size=32_000),
+        model=replace(BASE, vocab_size=32_000),
         data=ParallelText(dataset="wmt14_translate/fr-en", source="en", target="fr", batch_tokens=25_000),
         published=Published(
             parameters=65_000_000,
@@ -85,7 +86,7 @@ def transformer_big_wmt14_en_fr() -> Experiment:
     return replace(
         big,
         name="transformer_big_wmt14_en_fr",
-        model=replace(big.model, vocab_size=32_000, dropout=0.1),
+        model=replace(BIG, vocab_size=32_000, dropout=0.1),
         data=fr.data,
         published=Published(
             parameters=213_000_000,
@@ -114,8 +115,6 @@ def transformer_demo_en_ko() -> Experiment:
             batch_tokens=1536,
             bucket_lengths=(12, 16, 24, 32, 48),
         ),
-        optim=OptimConfig(
-            schedule=ScheduleConfig(kind="cosine", peak=3e-3, warmup=200, steps=steps), clip_norm=1.0
-        ),
+        optim=OptimConfig(schedule=ScheduleConfig(kind="cosine", peak=3e-3, warmup=200, steps=steps), clip_norm=1.0),
         train=TrainConfig(steps=steps, eval_every=200, save_every=200),
     )

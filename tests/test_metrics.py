@@ -78,6 +78,7 @@ def test_bootstrap_is_repeatable_and_holds_the_score() -> None:
         ({"hypotheses": ["a"]}, "got 1 and 3"),
         ({"tokenize": "13b"}, "Did you mean '13a'"),
         ({"resamples": -1}, "resamples"),
+        ({"resamples": 1}, "resamples"),
         ({"tokenize": "ko-mecab"}, r"pip install 'sacrebleu\[ko\]'"),
     ],
 )

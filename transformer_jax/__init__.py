@@ -6,9 +6,22 @@ functions here and as `tjax train ...` on the command line.
 
 from __future__ import annotations
 
+from transformer_jax import data, models, objectives
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
 from transformer_jax.translate import Translator
 from transformer_jax.verbs import evaluate, list_recipes, show, train, translate
 
-__all__ = ["Experiment", "Translator", "UserError", "evaluate", "list_recipes", "show", "train", "translate"]
+__all__ = [
+    "Experiment",
+    "Translator",
+    "UserError",
+    "data",
+    "evaluate",
+    "list_recipes",
+    "models",
+    "objectives",
+    "show",
+    "train",
+    "translate",
+]

@@ -125,7 +125,9 @@ class Checkpoints:
                 (_directory(self.run) / str(step)).rename(target)
         self.manager = self._open()
 
-    def save(self, step: int, state: TrainState, iterator: grain.DatasetIterator, validation_loss: float | None) -> None:
+    def save(
+        self, step: int, state: TrainState, iterator: grain.DatasetIterator, validation_loss: float | None
+    ) -> None:
         """Start writing a checkpoint; the write goes on in the background.
 
         Raises:
@@ -167,7 +169,9 @@ class Checkpoints:
     def last_complete(self) -> str:
         """Say where the newest complete checkpoint is, for error messages."""
         steps = steps_of(self.run)
-        return f"the last complete checkpoint is {_directory(self.run) / str(steps[-1])}" if steps else "no checkpoint yet"
+        return (
+            f"the last complete checkpoint is {_directory(self.run) / str(steps[-1])}" if steps else "no checkpoint yet"
+        )
 
     def _check_space(self) -> None:
         state = self.trainer.abstract_state()
@@ -175,7 +179,7 @@ class Checkpoints:
         free = shutil.disk_usage(self.run).free
         if free < need:
             raise UserError(
-                f"the disk of {self.run} has {free / 2**20:.0f} MiB free and a checkpoint needs {need / 2**20:.0f} MiB: "
+                f"the disk of {self.run} has {free / 2**20:.0f} MiB free, a checkpoint needs {need / 2**20:.0f} MiB; "
                 f"make room and run the same command again; {self.last_complete()}."
             )
 

@@ -21,9 +21,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from transformer_jax import verbs
 from transformer_jax.config import DecodeConfig, Experiment, flatten, read_experiment
 from transformer_jax.errors import UserError, closest
 from transformer_jax.logs import print_json, say
+from transformer_jax.recipes import find_recipe
+from transformer_jax.translate import Translation, Translator
 
 T = TypeVar("T")
 Tree = Annotated[Experiment, tyro.conf.arg(name="")]
@@ -124,8 +127,6 @@ def _run(argv: list[str]) -> int:
 
 def _list(argv: list[str]) -> int:
     options = parse(ListOptions, ListOptions(), argv, "tjax list")
-    from transformer_jax import verbs  # noqa: PLC0415 - jax and orbax take seconds to import; help must not
-
     found = verbs.list_recipes()
     if options.json:
         print_json({"recipes": found})
@@ -140,8 +141,6 @@ def _list(argv: list[str]) -> int:
 def _show(argv: list[str]) -> int:
     target, rest = _target(argv, ShowOptions, "RECIPE")
     options = parse(ShowOptions, ShowOptions(_experiment(target)), rest, f"tjax show {target}")
-    from transformer_jax import verbs  # noqa: PLC0415
-
     shown = verbs.show(options.experiment)
     if options.json:
         print_json(shown)
@@ -168,8 +167,6 @@ def _train(argv: list[str]) -> int:
     is_run = (Path(target) / "experiment.json").is_file()
     default = TrainOptions(_experiment(target), out=target if is_run else "")
     options = parse(TrainOptions, default, rest, f"tjax train {target}")
-    from transformer_jax import verbs  # noqa: PLC0415
-
     outcome = verbs.train(options.experiment, options.out or None)
     if options.json:
         print_json(dataclasses.asdict(outcome) | {"run": str(outcome.run)})
@@ -186,8 +183,6 @@ def _train(argv: list[str]) -> int:
 def _evaluate(argv: list[str]) -> int:
     run, rest = _target(argv, EvaluateOptions, "RUN")
     options = parse(EvaluateOptions, EvaluateOptions(_run_experiment(run).decode), rest, f"tjax evaluate {run}")
-    from transformer_jax import verbs  # noqa: PLC0415
-
     result = verbs.evaluate(run, options.test, options.decode)
     if options.json:
         print_json(result.report)
@@ -195,7 +190,9 @@ def _evaluate(argv: list[str]) -> int:
     out = _out()
     scores = result.report["scores"]
     count = scores["model"]["sentences"]
-    table = Table(f"{count} held-out sentences", title=f"{run}, test: {result.report['test']}", box=None, pad_edge=False)
+    table = Table(
+        f"{count} held-out sentences", title=f"{run}, test: {result.report['test']}", box=None, pad_edge=False
+    )
     for column in ("BLEU", "95 %", "chrF", "95 % "):
         table.add_column(column, justify="right")
     for name, values in scores.items():
@@ -222,14 +219,11 @@ def _translate(argv: list[str]) -> int:
     if options.attention_map and not Path(options.attention_map).absolute().parent.is_dir():
         raise UserError(f"--attention-map {options.attention_map}: there is no such folder.")
     sentences = [options.text] if options.text else _lines(options.file)
-    from transformer_jax import verbs  # noqa: PLC0415
-    from transformer_jax.translate import Translator  # noqa: PLC0415
-
     translator = Translator.open(Path(run), options.decode.average)
     decode = options.decode
     if not options.text and not options.file and sys.stdin.isatty():
         decode = dataclasses.replace(decode, batch=1)  # a person is typing: answer every line
-    outputs = []
+    outputs: list[Translation] = []
     for output in translator.translate(sentences, decode):
         if not outputs and options.attention_map:
             verbs.draw_attention(translator, output.source, output.text, Path(options.attention_map))
@@ -306,8 +300,6 @@ def _experiment(target: str) -> Experiment:
     file = Path(target) / "experiment.json"
     if file.is_file():
         return read_experiment(file)
-    from transformer_jax.recipes import find_recipe  # noqa: PLC0415
-
     return find_recipe(target)
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import json
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from transformer_jax.objectives import Sums
 
 
-class Config(abc.ABC):
+class Config(abc.ABC):  # noqa: B024 - ABC for the abstract methods of the open nodes below
     """A node of the experiment that can check itself before anything is compiled or allocated."""
 
     def check(self) -> None:
@@ -86,7 +88,7 @@ class DataConfig(Config):
     """Where examples come from. Subclasses are frozen dataclasses in `data/`."""
 
     @abc.abstractmethod
-    def open(self, vocab_size: int, seed: int, tokenizer_json: str | None = None) -> OpenData:
+    def open(self, vocab_size: int, tokenizer_json: str | None = None) -> OpenData:
         """Read and tokenize the data; `tokenizer_json` is the saved tokenizer of a run, which then must be used."""
 
     @property
@@ -211,11 +213,7 @@ class Experiment(Config):
 
 
 def _converter() -> cattrs.Converter:
-    # Made at the call: subclasses exist only once their modules are imported.
-    import transformer_jax.data  # noqa: PLC0415
-    import transformer_jax.models
-    import transformer_jax.objectives  # noqa: F401
-
+    # Made at the call: the package's __init__ imports the subclasses after this module.
     converter = cattrs.Converter(forbid_extra_keys=True)
 
     def tagged(node: Config) -> dict[str, Any]:
@@ -231,7 +229,7 @@ def _converter() -> cattrs.Converter:
 
     for base in (ModelConfig, ObjectiveConfig, DataConfig):
         converter.register_unstructure_hook(base, tagged)
-        converter.register_structure_hook_func(lambda kind, base=base: kind is base, untagged)
+        converter.register_structure_hook_func(functools.partial(operator.is_, base), untagged)
     return converter
 
 

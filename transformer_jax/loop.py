@@ -1,4 +1,6 @@
-"""The host loop. The order of operations:
+"""The host loop.
+
+The order of operations:
 
     open data -> check everything -> restore or initialise -> for each step n:
         1. take the next batch (Grain's threads have prepared it)
@@ -25,7 +27,7 @@ from transformer_jax.checkpoint import Checkpoints, Restored, check_same_run, lo
 from transformer_jax.config import Experiment
 from transformer_jax.data.loader import OpenData
 from transformer_jax.errors import UserError
-from transformer_jax.logs import MetricsLog, Meter, meter, say
+from transformer_jax.logs import Meter, MetricsLog, meter, say
 from transformer_jax.train import Batch, Trainer, means
 
 
@@ -55,7 +57,7 @@ def run_training(experiment: Experiment, run: Path) -> tuple[Outcome, OpenData]:
     if steps_of(run):
         stored, tokenizer_json = load_meta(run)
         check_same_run(stored, experiment, run)
-    data = experiment.data.open(experiment.model.vocab_size, experiment.train.seed, tokenizer_json)
+    data = experiment.data.open(experiment.model.vocab_size, tokenizer_json)
     iterator = data.train_iterator(experiment.train.seed, jax.process_index(), jax.process_count())
     run.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(run, trainer, data.tokenizer.to_json(), say)
@@ -73,7 +75,11 @@ def run_training(experiment: Experiment, run: Path) -> tuple[Outcome, OpenData]:
         session.log.close()
         checkpoints.close()
     outcome = Outcome(
-        run, restored.step, session.step, received[0] if received else None, session.validation_loss,
+        run,
+        restored.step,
+        session.step,
+        received[0] if received else None,
+        session.validation_loss,
         time.monotonic() - began,
     )
     return outcome, data

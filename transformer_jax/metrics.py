@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Han and kana are written without spaces, so there each character is a word.
 _WORD = r"[\u3040-\u30ff\u4e00-\u9fff]|[^\W\u3040-\u30ff\u4e00-\u9fff]+"
-_TRAIN_CHUNK, _TEST_CHUNK = 100_000, 128  # similarities held at once: 100 MB
+_TRAIN_CHUNK, _TEST_CHUNK = 100_000, 128  # similarities held at once: at most 150 MB
 
 
 def default_tokenizer(target_language: str) -> str:
@@ -57,15 +57,15 @@ def bleu(
         "bleu_interval" and "chrf_interval" [low, high], centred on the mean of the resamples.
 
     Raises:
-        UserError: no sentences, unequal numbers of them, fewer than 0 resamples, a tokenizer that is unknown or
-            not installed.
+        UserError: no sentences, unequal numbers of them, a single resample or fewer than none, a tokenizer
+            that is unknown or not installed.
     """
     if not hypotheses or len(hypotheses) != len(references):
         raise UserError(
             f"BLEU needs as many hypotheses as references, at least one: got {len(hypotheses)} and {len(references)}."
         )
-    if resamples < 0:
-        raise UserError(f"resamples must be at least 0, got {resamples}.")
+    if resamples < 0 or resamples == 1:
+        raise UserError(f"resamples must be 0 (no interval) or at least 2, got {resamples}.")
     name = tokenize or default_tokenizer(target_language)
     if name not in BLEU.TOKENIZERS:
         raise UserError(f"sacreBLEU has no tokenizer '{name}'.{closest(name, BLEU.TOKENIZERS)}")
@@ -81,7 +81,7 @@ def bleu(
         score = metric.corpus_score(list(hypotheses), [list(references)], n_bootstrap=max(resamples, 1))
         result[key] = score.score
         result[f"{key}_signature"] = str(metric.get_signature())
-        if resamples > 1:
+        if resamples:
             result[f"{key}_interval"] = [score._mean - score._ci, score._mean + score._ci]
     return result
 
@@ -96,7 +96,7 @@ def nearest_neighbour(train_pairs: Sequence[tuple[str, str]], test_sources: Sequ
 
     Similarity is the cosine of TF-IDF vectors of lower-cased words (Salton and Buckley 1988); among equals the first
     training pair counts. A source that shares no word with the training sources gets the empty translation: nothing
-    is known about it. Memory is that of the training vectors (some 8 bytes a word) and 100 MB.
+    is known about it. Memory is that of the training vectors (some 8 bytes a word) and at most 150 MB.
 
     Raises:
         UserError: no training source holds a word.

@@ -60,7 +60,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise UserError(f"mesh {shape} does not match {len(devices)} device(s); set --mesh.data -1 to use what is left.")
+        raise UserError(f"mesh {shape} does not match {len(devices)} device(s); --mesh.data -1 takes what is left.")
     return jax.make_mesh(
         tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=np.asarray(devices).flatten().tolist()
     )
@@ -88,7 +88,7 @@ def parameter_shardings(abstract: Any, letters: Any, mesh: Mesh) -> Any:
         UserError: an axis does not divide a dimension. Nothing is silently replicated.
     """
 
-    def one(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct, names: str) -> NamedSharding:
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, names: str) -> NamedSharding:
         where = jax.tree_util.keystr(path, simple=True, separator=".")
         spec = [PARAMETER_AXES[letter] for letter in names]
         for letter, axis, size in zip(names, spec, leaf.shape, strict=True):

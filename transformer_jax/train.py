@@ -25,12 +25,12 @@ Metrics = dict[str, jax.Array]
 @partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "key"], meta_fields=[])
 @dataclass(frozen=True)
 class TrainState:
-    """All that changes from step to step."""
+    """All that changes from step to step: a tree of arrays, or of their shapes or layouts."""
 
-    step: jax.Array
+    step: Any
     params: Params
     opt_state: optax.OptState
-    key: jax.Array
+    key: Any
     """Raw data of the run's random key; step n uses `fold_in(key, n)`."""
 
 
@@ -82,7 +82,7 @@ class Trainer:
         """Layout of the state: optimizer moments lie like their parameters, counters on every device."""
         whole = replicated(self.mesh)
         params = parameter_shardings(self.skeleton.abstract, self.skeleton.letters, self.mesh)
-        opt_state = optax.tree_utils.tree_map_params(
+        opt_state = optax.tree.map_params(
             self.tx,
             lambda _, sharding: sharding,
             self.abstract_state().opt_state,
@@ -149,7 +149,7 @@ def train_step(
         key=state.key,
     )
     metrics = means(sums) | {
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "learning_rate": schedule(trainer.experiment.optim.schedule)(state.step),
     }
     return new, metrics

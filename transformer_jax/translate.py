@@ -93,12 +93,12 @@ class Translator:
         rows = -(-_power_of_two(len(ids)) // shards) * shards
         length = max(_power_of_two(max(map(len, ids))), 8)
         source_BS = np.zeros((rows, length), np.int32)
-        for row, sentence in zip(source_BS, ids, strict=False):
-            row[: len(sentence)] = sentence
+        for row, tokens in zip(source_BS, ids, strict=False):
+            row[: len(tokens)] = tokens
         tokens_BT, scores_B = self._search(self.params, self._put(source_BS), decode)
-        for sentence, tokens, score in zip(sentences, np.asarray(tokens_BT), np.asarray(scores_B), strict=False):
+        for sentence, output, score in zip(sentences, np.asarray(tokens_BT), np.asarray(scores_B), strict=False):
             empty = not sentence.strip()
-            text = "" if empty else self.tokenizer.decode(tokens.tolist())
+            text = "" if empty else self.tokenizer.decode(output.tolist())
             yield Translation(sentence, text, 0.0 if empty else float(score))
 
     def _put(self, source_BS: np.ndarray) -> jax.Array:
@@ -118,7 +118,7 @@ def search(
     # The input's length without its end token, plus the paper's allowance (Vaswani 2017, section 6.1).
     limit_B = (source_BS != 0).sum(-1) - 1 + decode.extra_length
     state_B, memory_B = model.start(source_BS, max_steps)
-    options = {"limit_B": limit_B, "max_steps": max_steps, "length_penalty": decode.length_penalty}
+    options: dict[str, Any] = {"limit_B": limit_B, "max_steps": max_steps, "length_penalty": decode.length_penalty}
     if decode.beam == 1:
         return greedy(model.step, state_B, memory_B, **options)
     tokens_BMT, scores_BM = beam_search(model.step, state_B, memory_B, beams=decode.beam, **options)

@@ -108,7 +108,7 @@ def evaluate(run: str | Path, test: str = "", decode: DecodeConfig | None = None
     own = parallel_text(experiment)
     pairs = read_test(own, test) if test else None
     translator = Translator.open(run, decode.average)
-    data = own.open(experiment.model.vocab_size, 0, tokenizer_json)
+    data = own.open(experiment.model.vocab_size, tokenizer_json)
     pairs = data.pairs("test") if pairs is None else pairs
     scored = score(translator, data.pairs("train"), pairs, decode)
     report = {

@@ -33,7 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ParallelText:
 
 @pytest.fixture(scope="module")
 def data(config: ParallelText) -> ParallelData:
-    return config.open(vocab_size=400, seed=0)
+    return config.open(vocab_size=400)
 
 
 def test_an_epoch_holds_every_training_pair_once_as_text(data: ParallelData) -> None:
@@ -86,7 +86,7 @@ def test_the_order_does_not_depend_on_the_number_of_hosts_even_if_it_changes(dat
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_resumed_equals_uninterrupted_across_epochs(config: ParallelText, threads: int) -> None:
-    data = dataclasses.replace(config, threads=threads).open(400, 0)
+    data = dataclasses.replace(config, threads=threads).open(400)
     whole = data.train_iterator(seed=2)
     batches = [next(whole) for _ in range(data.summary()["batches_per_epoch"] + 5)]
     for stop in (0, 1, len(batches) - 3):
@@ -124,7 +124,7 @@ def test_filters_drop_and_count_by_reason_and_leave_long_test_pairs(write: Write
     config = ParallelText(
         str(own), train=str(own), validation=str(good), test=str(own), min_words=2, max_words=4, max_length=20
     )
-    data = config.open(vocab_size=260, seed=0)
+    data = config.open(vocab_size=260)
     assert data.summary()["dropped"]["train"] == {"empty": 2, "words": 2, "length": 1}
     assert data.pairs("train") == [("é b", "a b")]
     assert [target[:3] for _, target in data.pairs("test")] == ["a b", "xxx"]
@@ -138,22 +138,22 @@ def test_an_unchanged_dataset_is_not_tokenized_again(
         raise AssertionError("tokenized again")
 
     monkeypatch.setattr(examples_module, "_save", fail)
-    assert config.open(400, 1).summary() == data.summary()
+    assert config.open(400).summary() == data.summary()
     with pytest.raises(AssertionError, match="tokenized again"):
-        dataclasses.replace(config, max_words=3).open(400, 0)
+        dataclasses.replace(config, max_words=3).open(400)
 
 
 def test_the_tokenizer_of_a_run_is_used_and_must_fit(config: ParallelText, data: ParallelData) -> None:
     saved = data.tokenizer.to_json()
-    again = dataclasses.replace(config, min_words=2).open(1000, 0, tokenizer_json=saved)
+    again = dataclasses.replace(config, min_words=2).open(1000, tokenizer_json=saved)
     assert again.tokenizer.fingerprint == data.tokenizer.fingerprint
     with pytest.raises(UserError, match=r"the tokenizer of the run has \d+ tokens but model\.vocab_size = 300"):
-        config.open(300, 0, tokenizer_json=saved)
+        config.open(300, tokenizer_json=saved)
 
 
 def test_nothing_left_after_filtering_is_an_error(config: ParallelText) -> None:
     with pytest.raises(UserError, match=r"pairs\.tsv \(train\): no usable train pairs out of \d+ \(dropped: "):
-        dataclasses.replace(config, min_words=50).open(400, 0)
+        dataclasses.replace(config, min_words=50).open(400)
 
 
 def test_a_given_file_leaves_only_the_other_split_held_out(config: ParallelText, write: Write) -> None:
@@ -172,7 +172,7 @@ def test_a_given_file_leaves_only_the_other_split_held_out(config: ParallelText,
         {"train": 300, "validation": 1, "test": 1},
     ]
     with pytest.raises(UserError, match=r"data\.validation = 'train\[99%:\]' is no file"):
-        dataclasses.replace(config, validation="train[99%:]").open(400, 0)
+        dataclasses.replace(config, validation="train[99%:]").open(400)
 
 
 @pytest.mark.parametrize(

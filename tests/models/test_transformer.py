@@ -83,7 +83,10 @@ def from_pytorch(weights, config):
             letter: {"weight": w.T.reshape(d, n, h), "bias": b.reshape(n, h)}
             for letter, w, b in zip("qkv", (q, k, v), biases, strict=True)
         }
-        out = {"weight": weights[f"{name}.out_proj.weight"].T.reshape(n, h, d), "bias": weights[f"{name}.out_proj.bias"]}
+        out = {
+            "weight": weights[f"{name}.out_proj.weight"].T.reshape(n, h, d),
+            "bias": weights[f"{name}.out_proj.bias"],
+        }
         return heads | {"out": out}
 
     def norm(name):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
+
+import tokenizers
 
 from transformer_jax.config import DataConfig
+from transformer_jax.data.cache import cached, fingerprint
+from transformer_jax.data.examples import Filters, tokenized, usable_texts
+from transformer_jax.data.holdout import SPLITS
+from transformer_jax.data.parallel import ParallelData
+from transformer_jax.data.plan import geometric_buckets, make_buckets
+from transformer_jax.data.sources import Pairs, open_splits
+from transformer_jax.data.tokenizer import Tokenizer
 from transformer_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from transformer_jax.data.examples import Filters
-    from transformer_jax.data.parallel import ParallelData
-    from transformer_jax.data.sources import Pairs
-    from transformer_jax.data.tokenizer import Tokenizer
-
-_TOKENIZER_PAIRS: Final = 1_000_000  # more pairs take hours of counting and change hardly a merge
+_TOKENIZER_PAIRS: Final = 1_000_000  # bounds time and memory; of a larger set evenly spaced chunks are read
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class ParallelText(DataConfig):
     """Pairs of sentences in two languages, from TFDS or from your own files."""
 
     dataset: str
-    """TFDS name (wmt14_translate/de-en, tjax_parallel/help_en_ko), or your files: x.tsv, x.jsonl, or two as a.de,a.en."""
+    """TFDS name (wmt14_translate/de-en, tjax_parallel/help_en_ko) or your files: x.tsv, x.jsonl, two as a.de,a.en."""
     source: str = "en"
     """Language code of the source side."""
     target: str = "ko"
@@ -87,24 +90,16 @@ class ParallelText(DataConfig):
                 f"data.bucket_lengths must end with data.max_length = {self.max_length}, but the last is {lengths[-1]}."
             )
 
-    def open(self, vocab_size: int, seed: int, tokenizer_json: str | None = None) -> ParallelData:
+    def open(self, vocab_size: int, tokenizer_json: str | None = None) -> ParallelData:
         """Read, filter and tokenize all splits; what was tokenized before comes from the cache.
 
         Args:
             vocab_size: rows of the model's embedding; a trained tokenizer gets at most as many tokens.
-            seed: unused, since nothing is sampled here; the order of training is drawn in `train_iterator`.
             tokenizer_json: the tokenizer saved with a run, which then is used whatever `self.tokenizer` says.
 
         Raises `UserError` for absent or malformed data, a tokenizer that does not fit, or no usable pairs.
 
         """
-        del seed
-        from transformer_jax.data.examples import Filters, tokenized  # noqa: PLC0415 - the command line only needs
-        from transformer_jax.data.holdout import SPLITS  # noqa: PLC0415   the fields, and must show its help at once
-        from transformer_jax.data.parallel import ParallelData  # noqa: PLC0415
-        from transformer_jax.data.plan import geometric_buckets, make_buckets  # noqa: PLC0415
-        from transformer_jax.data.sources import open_splits  # noqa: PLC0415
-
         self.check()
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         pairs = open_splits(self.dataset, self.source, self.target, {s: parts[s] for s in SPLITS}, self.data_dir)
@@ -124,8 +119,6 @@ class ParallelText(DataConfig):
         return ParallelData(tokenizer, pairs, examples, buckets, self.threads)
 
     def _tokenizer(self, vocab_size: int, saved: str | None, train: Pairs, filters: Filters) -> Tokenizer:
-        from transformer_jax.data.tokenizer import Tokenizer  # noqa: PLC0415
-
         if saved is not None:
             tokenizer, where = Tokenizer.from_json(saved, where="tokenizer of the run"), "the tokenizer of the run"
         elif self.tokenizer:
@@ -141,12 +134,6 @@ def trained_tokenizer(train: Pairs, vocab_size: int, filters: Filters) -> Tokeni
 
     Raises `UserError` if no pair passes the filters, or the vocabulary is too small.
     """
-    import tokenizers  # noqa: PLC0415
-
-    from transformer_jax.data.cache import cached, fingerprint  # noqa: PLC0415
-    from transformer_jax.data.examples import usable_texts  # noqa: PLC0415
-    from transformer_jax.data.tokenizer import Tokenizer  # noqa: PLC0415
-
     stride = -(-len(train) // _TOKENIZER_PAIRS)
 
     def write(folder: Path) -> None:

@@ -81,9 +81,7 @@ class EncoderBlock(nnx.Module):
         self.attention_residual = _residual(config)
         self.feedforward_residual = _residual(config)
 
-    def __call__(
-        self, x_BSD: jax.Array, mask: Mask, *, key: jax.Array | None = None
-    ) -> tuple[jax.Array, Weights]:
+    def __call__(self, x_BSD: jax.Array, mask: Mask, *, key: jax.Array | None = None) -> tuple[jax.Array, Weights]:
         """Return the new stream and the attention weights by name."""
         keys = split(key, 2)
         h = self.attention_residual.enter(x_BSD)
@@ -113,11 +111,12 @@ class DecoderBlock(nnx.Module):
         return self.attend(x_BTD, seen, mask, self.cross.keys_values(memory.x_BSD), memory.segments_BS, key=key)
 
     def step(
-        self, x_B1D: jax.Array, past: KeysValues, mask: Mask, memory: KeysValues, segments_BS: jax.Array
+        self, x_B1D: jax.Array, position_B: jax.Array, past: KeysValues, memory: KeysValues, segments_BS: jax.Array
     ) -> tuple[jax.Array, KeysValues]:
         """Decode one position: write it into the past, look back; returns the stream and the new past."""
         now = self.attention.keys_values(self.attention_residual.enter(x_B1D))
-        past = past.write(now, mask.q_positions_BT[:, 0])
+        past = past.write(now, position_B)
+        mask = Mask(causal=True, q_positions_BT=position_B[:, None])
         return self.attend(x_B1D, past, mask, memory, segments_BS)[0], past
 
     def attend(
@@ -181,17 +180,13 @@ class Transformer(nnx.Module):
         past = [KeysValues(empty, empty) for _ in seen]
         return DecoderState(past, jnp.zeros(rows, jnp.int32)), DecoderMemory(seen, memory.segments_BS)
 
-    def step(
-        self, state: DecoderState, memory: DecoderMemory, token_B: jax.Array
-    ) -> tuple[jax.Array, DecoderState]:
+    def step(self, state: DecoderState, memory: DecoderMemory, token_B: jax.Array) -> tuple[jax.Array, DecoderState]:
         """Decode one token for every row: logits [B, V] of the next one, and the new state."""
-        position_B1 = state.position_B[:, None]
-        mask = Mask(causal=True, q_positions_BT=position_B1)
-        x_B1D = self._embed(token_B[:, None], position_B1, None)
+        x_B1D = self._embed(token_B[:, None], state.position_B[:, None], None)
         new_past = []
         for block, past, seen in zip(self.decoder.layers, state.past, memory.seen, strict=True):
-            x_B1D, past = block.step(x_B1D, past, mask, seen, memory.segments_BS)
-            new_past.append(past)
+            x_B1D, longer = block.step(x_B1D, state.position_B, past, seen, memory.segments_BS)
+            new_past.append(longer)
         return self._logits(x_B1D)[:, 0], DecoderState(new_past, state.position_B + 1)
 
     def attention_maps(self, source_BS: jax.Array, target_BT: jax.Array) -> dict[str, jax.Array]:
@@ -202,7 +197,8 @@ class Transformer(nnx.Module):
             (self.decoder, self._embed(target_BT, _positions(target_BT), None), (memory, Mask(causal=True))),
         )
         maps: dict[str, list[jax.Array]] = {}
-        for stack, x, inputs in streams:
+        for stack, start, inputs in streams:
+            x = start
             for block in stack.layers:
                 x, weights = block(x, *inputs)
                 for name, weights_BNTS in weights.items():

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from transformer_jax.config import ComputeConfig
-from transformer_jax.nn.layers import split
 
 MAX_UNROLLED = 24
 """Depth up to which compute.layers=auto unrolls on CPU."""
@@ -39,6 +38,7 @@ class Stack(nnx.Module):
         self.scanned = compute.layers == "scan" or (
             compute.layers == "auto" and (jax.default_backend() != "cpu" or depth > MAX_UNROLLED)
         )
+        self.layers: Any
         if self.scanned:
             self.layers = jax.vmap(block)(keys)
             for _, node in nnx.iter_graph(self.layers):
@@ -55,13 +55,12 @@ class Stack(nnx.Module):
 
         if self.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scanned)
-        keys = split(key, self.depth)
+        keys = None if key is None else jax.random.split(key, self.depth)
         if not self.scanned:
-            for block, layer_key in zip(self.layers, keys, strict=True):
-                x = run(block, x, layer_key)
+            for i, block in enumerate(self.layers):
+                x = run(block, x, None if keys is None else keys[i])
             return x
-        layer_keys = None if key is None else jnp.stack(keys)
-        return jax.lax.scan(lambda x, layer: (run(layer[0], x, layer[1]), None), x, (self.layers, layer_keys))[0]
+        return jax.lax.scan(lambda x, layer: (run(layer[0], x, layer[1]), None), x, (self.layers, keys))[0]
 
 
 def _is_layers(node: Any) -> bool:

@@ -1,0 +1,171 @@
+"""Laws of the training step: however it is laid out, the numbers are the same."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.tiny import deterministic, tiny
+from transformer_jax.config import ComputeConfig, MeshConfig, OptimConfig, ScheduleConfig
+from transformer_jax.errors import UserError
+from transformer_jax.nn.stack import stack_layers
+from transformer_jax.objectives import smoothed_cross_entropy
+from transformer_jax.optim import optimizer, schedule
+from transformer_jax.train import Trainer
+
+EXPERIMENT = deterministic(tiny())
+ONE = MeshConfig(data=1)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """16 rows of ragged length, the last two empty, as at the end of a bucket."""
+    rng = np.random.default_rng(0)
+    source, target = rng.integers(4, 306, (16, 11)), rng.integers(4, 306, (16, 7))
+    for row in range(16):
+        source[row, 1 + row % 11 :] = 0
+        target[row, 1 + row % 7 :] = 0
+    source[14:] = target[14:] = 0
+    return {"source": source.astype(np.int32), "target": target.astype(np.int32), "example": np.arange(16)}
+
+
+def steps(experiment, batch, n=2, devices=None):
+    """Parameters (stacked) and metrics after n updates from the same batch."""
+    trainer = Trainer.of(experiment, devices)
+    state, step = trainer.init(), trainer.train_step()
+    for _ in range(n):
+        state, metrics = step(state, trainer.put(batch))
+    return jax.device_get((stack_layers(state.params), metrics))
+
+
+@pytest.fixture(scope="module")
+def single(batch):
+    return steps(replace(EXPERIMENT, mesh=ONE), batch, devices=jax.devices()[:1])
+
+
+def assert_same(actual, expected):
+    (params, metrics), (expected_params, expected_metrics) = actual, expected
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=2e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, expected_params)
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "tensor"), [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2), (2, 4, 1), (4, 1, 2), (-1, 2, 1)]
+)
+def test_sharded_equals_single_device(batch, single, data, fsdp, tensor):
+    devices = jax.devices()[: 2 if (data, fsdp) == (1, 1) else 8]
+    experiment = replace(EXPERIMENT, mesh=MeshConfig(data, fsdp, tensor), compute=ComputeConfig(layers="scan"))
+    assert_same(steps(experiment, batch, devices=devices), single)
+
+
+def test_state_is_really_sharded():
+    trainer = Trainer.of(replace(EXPERIMENT, mesh=MeshConfig(2, 2, 2)))
+    state = trainer.init()
+    table = state.params["embedding"]["table"]
+    assert table.sharding.shard_shape(table.shape) == (153, 12)
+    moment = state.opt_state[1].mu["embedding"]["table"]
+    assert moment.sharding == table.sharding
+    whole = sum(leaf.size for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    per_device = sum(
+        np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves((state.params, state.opt_state))
+    )
+    assert per_device < 0.35 * whole
+
+
+def test_accumulation_equals_one_big_batch(batch, single):
+    for accumulate in (2, 4):
+        train = replace(EXPERIMENT.train, accumulate=accumulate)
+        assert_same(steps(replace(EXPERIMENT, mesh=ONE, train=train), batch, devices=jax.devices()[:1]), single)
+
+
+def test_pmap_equals_jit(batch, single):
+    experiment = replace(EXPERIMENT, mesh=ONE)
+    trainer = Trainer.of(experiment, jax.devices()[:1])
+    n = jax.device_count()
+    state = jax.tree.map(lambda x: jnp.stack([x] * n), jax.device_get(trainer.init()))
+    split = {k: v.reshape(n, len(v) // n, *v.shape[1:]) for k, v in batch.items() if k != "example"}
+    step = trainer.pmap_train_step()
+    for _ in range(2):
+        state, metrics = step(state, split)
+    params, metrics = jax.tree.map(lambda x: x[0], jax.device_get((state.params, metrics)))
+    assert_same((stack_layers(params), metrics), single)
+    for leaf in jax.tree.leaves(jax.device_get(state.params)):
+        assert np.all(leaf == leaf[:1])
+
+
+def test_empty_rows_do_not_count(batch, single):
+    fuller = {name: np.concatenate([value, np.zeros_like(value)]) for name, value in batch.items()}
+    assert_same(steps(replace(EXPERIMENT, mesh=ONE), fuller, devices=jax.devices()[:1]), single)
+
+
+def test_dropout_differs_by_step_and_seed_but_repeats(batch):
+    noisy = tiny()
+    losses = []
+    for seed in (0, 0, 1):
+        experiment = replace(noisy, mesh=ONE, train=replace(noisy.train, seed=seed))
+        trainer = Trainer.of(experiment, jax.devices()[:1])
+        state, step = Trainer.of(replace(experiment, train=noisy.train), jax.devices()[:1]).init(), trainer.train_step()
+        key = jax.random.key_data(jax.random.key(seed))
+        state = replace(state, key=key)
+        losses.append(float(step(state, trainer.put(batch))[1]["loss"]))
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_label_smoothing_equals_optax():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(3, 5, 17)), rng.integers(0, 17, (3, 5))
+    for smoothing in (0.0, 0.1, 0.3):
+        ours = smoothed_cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing)
+        smooth = optax.smooth_labels(jax.nn.one_hot(labels, 17), smoothing)
+        np.testing.assert_allclose(ours, optax.softmax_cross_entropy(logits, smooth), rtol=1e-5)
+
+
+def test_inverse_sqrt_is_the_papers_formula():
+    width, warmup = 512, 4000
+    rate = schedule(ScheduleConfig("inverse_sqrt", peak=width**-0.5 * warmup**-0.5, warmup=warmup))
+    for step in (1, 100, 3999, 4000, 4001, 100_000):
+        expected = width**-0.5 * min(step**-0.5, step * warmup**-1.5)
+        np.testing.assert_allclose(rate(step - 1), expected, rtol=1e-5)
+
+
+def test_schedules_at_their_corners():
+    cosine = schedule(ScheduleConfig("cosine", peak=2.0, warmup=10, steps=110, final=0.1))
+    np.testing.assert_allclose([cosine(9), cosine(60), cosine(110)], [2.0, 1.1, 0.2], rtol=1e-5)
+    wsd = schedule(ScheduleConfig("wsd", peak=2.0, warmup=10, steps=100, final=0.0, decay_fraction=0.2))
+    np.testing.assert_allclose([wsd(4), wsd(50), wsd(80), wsd(90), wsd(100)], [1.0, 2.0, 2.0, 1.0, 0.0], atol=1e-5)
+    constant = schedule(ScheduleConfig("constant", peak=2.0, warmup=4))
+    np.testing.assert_allclose([constant(0), constant(3), constant(1000)], [0.5, 2.0, 2.0])
+
+
+def test_decay_touches_matrices_only():
+    trainer = Trainer.of(replace(EXPERIMENT, mesh=ONE, compute=ComputeConfig(layers="scan")), jax.devices()[:1])
+    params = jax.tree.map(jnp.ones_like, trainer.init().params)
+    config = OptimConfig(ScheduleConfig(peak=1.0, warmup=0), weight_decay=0.5)
+    tx = optimizer(config, trainer.skeleton.letters)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    for update, letters in zip(jax.tree.leaves(updates), jax.tree.leaves(trainer.skeleton.letters), strict=True):
+        assert np.all(update == (-0.5 if len(letters.removeprefix("L")) > 1 else 0.0)), letters
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshConfig(data=3), "does not match 8 device"),
+        (MeshConfig(data=-1, fsdp=-1), "at most one -1"),
+        (MeshConfig(data=-1, tensor=4), "mesh tensor=4 does not divide K=6"),
+    ],
+)
+def test_bad_meshes(mesh, message):
+    with pytest.raises(UserError, match=message):
+        Trainer.of(replace(EXPERIMENT, mesh=mesh))
+
+
+def test_batch_that_the_mesh_does_not_divide():
+    with pytest.raises(UserError, match=r"set --data\.rows-multiple 16"):
+        Trainer.of(replace(EXPERIMENT, train=replace(EXPERIMENT.train, accumulate=2)))
