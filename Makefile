@@ -8,12 +8,11 @@ RUN ?= runs/$(RECIPE)
 OVERRIDES ?=
 
 # The accelerator of this machine decides which JAX is installed.
-ACCELERATOR := $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo ,gpu; elif ls /dev/accel0 /dev/vfio/0 >/dev/null 2>&1; then echo ,tpu; fi)
+comma := ,
+ACCELERATOR := $(shell if command -v nvidia-smi >/dev/null 2>&1; then echo gpu; elif ls /dev/accel0 /dev/vfio/0 >/dev/null 2>&1; then echo tpu; fi)
 # Tested versions, where there is a file for this Python.
 CONSTRAINTS = $(wildcard constraints/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
-empty :=
-comma := ,
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-latest test-multi lint types data clean
@@ -58,9 +57,9 @@ $(VENV)/python:
 	@touch $@
 
 $(VENV)/core: $(VENV)/python pyproject.toml $(CONSTRAINTS)
-	$(INSTALL) --editable ".[$(subst $(comma),,$(ACCELERATOR))]"
+	$(INSTALL) --editable ".$(addsuffix ],$(addprefix [,$(ACCELERATOR)))"
 	@touch $@
 
 $(VENV)/dev: $(VENV)/python pyproject.toml $(CONSTRAINTS)
-	$(INSTALL) --editable ".[dev$(ACCELERATOR)]"
+	$(INSTALL) --editable ".[dev$(addprefix $(comma),$(ACCELERATOR))]"
 	@touch $@ $(VENV)/core

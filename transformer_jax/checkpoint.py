@@ -170,7 +170,9 @@ class Checkpoints:
         """Say where the newest complete checkpoint is, for error messages."""
         steps = steps_of(self.run)
         return (
-            f"the last complete checkpoint is {_directory(self.run) / str(steps[-1])}" if steps else "no checkpoint yet"
+            f"the last complete checkpoint is {_directory(self.run) / str(steps[-1])}"
+            if steps
+            else "there is no checkpoint yet"
         )
 
     def _check_space(self) -> None:
@@ -179,7 +181,7 @@ class Checkpoints:
         free = shutil.disk_usage(self.run).free
         if free < need:
             raise UserError(
-                f"the disk of {self.run} has {free / 2**20:.0f} MiB free, a checkpoint needs {need / 2**20:.0f} MiB; "
+                f"the disk of {self.run} has {free / 2**20:.1f} MiB free, a checkpoint needs {need / 2**20:.1f} MiB; "
                 f"make room and run the same command again; {self.last_complete()}."
             )
 
