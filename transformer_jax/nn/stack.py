@@ -63,27 +63,32 @@ class Stack(nnx.Module):
         return jax.lax.scan(lambda x, layer: (run(layer[0], x, layer[1]), None), x, (self.layers, keys))[0]
 
 
-def _is_layers(node: Any) -> bool:
-    return isinstance(node, dict) and len(node) > 0 and set(node) == set(range(len(node)))
+def _is_unrolled(node: Any) -> bool:
+    """Recognise the parameters (or moments) of an unrolled `Stack`: {"layers": {0: layer, 1: layer, ...}}."""
+    if not isinstance(node, dict) or node.keys() != {"layers"}:
+        return False
+    return node["layers"].keys() == set(range(len(node["layers"])))
 
 
 def stack_layers(tree: Any, combine: Callable[[list[Any]], Any] = jnp.stack) -> Any:
-    """Turn every {0: layer, 1: layer, ...} of a tree of dicts into one layer of leaves combined over L."""
+    """Turn the separate layers of every unrolled `Stack` in a tree into one layer of leaves combined over L."""
 
     def convert(node: Any) -> Any:
-        if not _is_layers(node):
+        if not _is_unrolled(node):
             return node
-        return jax.tree.map(lambda *leaves: combine(list(leaves)), *(node[i] for i in range(len(node))))
+        layers = node["layers"]
+        stacked = jax.tree.map(lambda *leaves: combine(list(leaves)), *(layers[i] for i in range(len(layers))))
+        return {"layers": stacked}
 
-    return jax.tree.map(convert, tree, is_leaf=_is_layers)
+    return jax.tree.map(convert, tree, is_leaf=_is_unrolled)
 
 
 def unstack_layers(tree: Any, like: Any) -> Any:
     """Undo `stack_layers` wherever `like` holds one tree per layer."""
 
     def convert(target: Any, node: Any) -> Any:
-        if not _is_layers(target):
+        if not _is_unrolled(target):
             return node
-        return {i: jax.tree.map(lambda leaf, i=i: leaf[i], node) for i in target}
+        return {"layers": {i: jax.tree.map(lambda leaf, i=i: leaf[i], node["layers"]) for i in target["layers"]}}
 
-    return jax.tree.map(convert, like, tree, is_leaf=_is_layers)
+    return jax.tree.map(convert, like, tree, is_leaf=_is_unrolled)
