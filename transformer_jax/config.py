@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import cattrs
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
+from cattrs.v import format_exception
 
 from transformer_jax.errors import UserError, closest
 
@@ -209,7 +210,8 @@ class Experiment(Config):
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not JSON ({error}).") from error
         except cattrs.BaseValidationError as error:
-            raise UserError(f"{where}: {'; '.join(cattrs.transform_error(error, path='experiment'))}.") from error
+            reasons = cattrs.transform_error(error, path="experiment", format_exception=_reason)
+            raise UserError(f"{where}: {'; '.join(reasons)}") from error
 
 
 def _converter() -> cattrs.Converter:
@@ -223,7 +225,7 @@ def _converter() -> cattrs.Converter:
         kinds = {kind.__name__: kind for kind in base.__subclasses__()}
         name = value.get("type", "")
         if name not in kinds:
-            raise ValueError(f"there is no {base.__name__} '{name}'.{closest(name, kinds)}")
+            raise UserError(f"there is no {base.__name__} '{name}'.{closest(name, kinds)}")
         fields = {key: field for key, field in value.items() if key != "type"}
         return make_dict_structure_fn(kinds[name], converter, _cattrs_forbid_extra_keys=True)(fields, kinds[name])
 
@@ -231,6 +233,10 @@ def _converter() -> cattrs.Converter:
         converter.register_unstructure_hook(base, tagged)
         converter.register_structure_hook_func(functools.partial(operator.is_, base), untagged)
     return converter
+
+
+def _reason(error: BaseException, kind: type | None) -> str:
+    return str(error) if isinstance(error, UserError) else format_exception(error, kind)
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -82,7 +82,7 @@ def bleu(
         result[key] = score.score
         result[f"{key}_signature"] = str(metric.get_signature())
         if resamples:
-            result[f"{key}_interval"] = [score._mean - score._ci, score._mean + score._ci]
+            result[f"{key}_interval"] = [float(score._mean - score._ci), float(score._mean + score._ci)]
     return result
 
 
