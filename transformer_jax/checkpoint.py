@@ -109,9 +109,11 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(target.params),
                 optimizer=ocp.args.StandardRestore(_optimizer_item(target)),
-                data=grain.checkpoint.CheckpointRestore(iterator),
+                meta=ocp.args.JsonRestore(),
             ),
         )
+        # The same on every host, and so for any number of hosts: the order of examples does not depend on it.
+        iterator.set_state(items.meta["data"])
         stored = TrainState(params=items.params, **items.optimizer)
         return jax.jit(lambda tree: unstack_layers(tree, abstract), out_shardings=shardings)(stored)
 
@@ -138,14 +140,17 @@ class Checkpoints:
         self.wait()
         self._check_space()
         stacked = jax.jit(stack_layers, out_shardings=stack_layers(self.trainer.shardings(), _stack_shardings))(state)
-        meta = {"experiment": self.trainer.experiment.to_json(), "tokenizer": self.tokenizer_json}
+        meta = {
+            "experiment": self.trainer.experiment.to_json(),
+            "tokenizer": self.tokenizer_json,
+            "data": iterator.get_state(),
+        }
         try:
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(stacked.params),
                     optimizer=ocp.args.StandardSave(_optimizer_item(stacked)),
-                    data=grain.checkpoint.CheckpointSave(iterator),
                     meta=ocp.args.JsonSave(meta),
                 ),
                 metrics=None if validation_loss is None else {"validation_loss": validation_loss},
@@ -280,6 +285,5 @@ def _handlers() -> dict[str, ocp.CheckpointHandler]:
     return {
         "params": ocp.StandardCheckpointHandler(),
         "optimizer": ocp.StandardCheckpointHandler(),
-        "data": grain.checkpoint.CheckpointHandler(),
         "meta": ocp.JsonCheckpointHandler(),
     }

@@ -59,6 +59,8 @@ def run_training(experiment: Experiment, run: Path) -> tuple[Outcome, OpenData]:
         check_same_run(stored, experiment, run)
     data = experiment.data.open(experiment.model.vocab_size, tokenizer_json)
     iterator = data.train_iterator(experiment.train.seed, jax.process_index(), jax.process_count())
+    say(trainer.describe())
+    say(_describe(data.summary()))
     run.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(run, trainer, data.tokenizer.to_json(), say)
     restored = checkpoints.restore_or_init(iterator)
@@ -72,7 +74,8 @@ def run_training(experiment: Experiment, run: Path) -> tuple[Outcome, OpenData]:
         with _signals() as received:
             session.train(received)
     finally:
-        session.log.close()
+        if session.log:
+            session.log.close()
         checkpoints.close()
     outcome = Outcome(
         run,
@@ -85,6 +88,13 @@ def run_training(experiment: Experiment, run: Path) -> tuple[Outcome, OpenData]:
     return outcome, data
 
 
+def _describe(summary: dict[str, Any]) -> str:
+    pairs = ", ".join(f"{count:,} {split}" for split, count in summary["pairs"].items())
+    dropped = {reason: n for reason, n in summary["dropped"]["train"].items() if n}
+    left_out = f"; left out of training: {dropped}" if dropped else ""
+    return f"data: {pairs} pairs, vocabulary {summary['vocabulary']:,}{left_out}"
+
+
 class _Session:
     """The moving parts of one call of `run_training`."""
 
@@ -95,7 +105,7 @@ class _Session:
         self.settings = trainer.experiment.train
         self.state, self.step = restored.state, restored.step
         self.first = restored.step
-        self.log = MetricsLog(run, restored.step)
+        self.log = MetricsLog(run, restored.step) if jax.process_index() == 0 else None
         self.train_step, self.eval_step = trainer.train_step(), trainer.eval_step()
         self.validation_loss: float | None = None
         self.pending: tuple[int, Any, np.ndarray] | None = None
@@ -141,7 +151,7 @@ class _Session:
         if step % self.settings.log_every == 0 or step == self.settings.steps:
             rate = self.tokens / (time.monotonic() - self.since)
             self.tokens, self.since = 0.0, time.monotonic()
-            if jax.process_index() == 0:
+            if self.log:
                 self.log.write(step, "train", values | {"tokens_per_second": rate})
             validation = "" if self.validation_loss is None else f"  validation {self.validation_loss:.3f}"
             bar.update(step, f"loss {values['loss']:.3f}{validation}  {rate:,.0f} tokens/s")
@@ -151,7 +161,7 @@ class _Session:
         batches = self.data.validation_batches(jax.process_index(), jax.process_count())
         values = evaluate_loss(self.trainer, self.eval_step, self.state.params, batches)
         self.validation_loss = values["nll"]
-        if jax.process_index() == 0:
+        if self.log:
             self.log.write(self.step, "validation", values)
         self.tokens, self.since = 0.0, time.monotonic()
 

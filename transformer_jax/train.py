@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
-from transformer_jax.nn.module import Params, Skeleton
+from transformer_jax.nn.module import Params, Skeleton, parameter_count
 from transformer_jax.objectives import Sums
 from transformer_jax.optim import optimizer, schedule
 from transformer_jax.sharding import batch_sharding, batch_shards, make_mesh, parameter_shardings, replicated
@@ -58,6 +58,16 @@ class Trainer:
                 f"set --data.rows-multiple {parts}."
             )
         return Trainer(experiment, skeleton, optimizer(experiment.optim, skeleton.letters), mesh)
+
+    def describe(self) -> str:
+        """Say in one line what runs where."""
+        device, compute = self.mesh.devices.flat[0], self.skeleton.compute
+        axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        return (
+            f"{self.experiment.name}: {parameter_count(self.skeleton.abstract):,} parameters on "
+            f"{self.mesh.size} x {device.device_kind} ({axes}), {compute.dtype}, layers {compute.layers}, "
+            f"attention {compute.attention}, remat {compute.remat}"
+        )
 
     def init(self) -> TrainState:
         """Draw a fresh state, laid out on the mesh."""

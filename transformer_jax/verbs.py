@@ -1,4 +1,4 @@
-"""The verbs of the library: list, show, train, evaluate, translate. The command line calls exactly these."""
+"""The verbs of the library: list, show, train, evaluate, translate, attention. The command line calls exactly these."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
+from transformer_jax.attention_page import AttentionMap, Choice, Heads, attention_page
 from transformer_jax.checkpoint import load_meta
 from transformer_jax.config import DecodeConfig, Experiment, flatten
+from transformer_jax.data.tokenizer import BOS
+from transformer_jax.errors import UserError
 from transformer_jax.evaluate import Scored, parallel_text, read_test, score
 from transformer_jax.logs import read_metrics
 from transformer_jax.loop import Outcome, run_training
@@ -66,14 +72,22 @@ def train(experiment: Experiment, run: str | Path | None = None) -> Outcome:
     """
     run = Path(run or Path("runs") / experiment.name)
     outcome, data = run_training(experiment, run)
-    records = read_metrics(run)
+    if jax.process_index() == 0 and outcome.step > outcome.started_at:
+        _record(outcome, data.summary())
+    return outcome
+
+
+def _record(outcome: Outcome, data: dict[str, Any]) -> None:
+    """Draw the loss curve, and add this session to the provenance of the run."""
+    records = read_metrics(outcome.run)
     if records:
         validation = [{"step": r["step"], "validation_loss": r["nll"]} for r in records if r["split"] == "validation"]
         training = [{"step": r["step"], "loss": r["nll"]} for r in records if r["split"] == "train"]
-        loss_curve([*training, *validation], run / "loss.png")
-    if outcome.step > outcome.started_at:
-        _write_json(run / "provenance.json", provenance() | {"data": data.summary(), "seconds": outcome.seconds})
-    return outcome
+        loss_curve([*training, *validation], outcome.run / "loss.png")
+    path = outcome.run / "provenance.json"
+    sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
+    session = {"from_step": outcome.started_at, "to_step": outcome.step, "seconds": outcome.seconds}
+    _write_json(path, {"sessions": [*sessions, session | provenance() | {"data": data}]})
 
 
 @dataclass(frozen=True)
@@ -156,5 +170,88 @@ def draw_attention(translator: Translator, source: str, target: str, path: Path)
     return path
 
 
+LONGEST_DRAWN = 128
+"""Tokens on a side of an attention picture: more, and nobody can read it."""
+
+
+@dataclass(frozen=True)
+class AttentionPictures:
+    """What `attention` looked at, and where it drew it."""
+
+    source: str
+    target: str
+    maps: list[AttentionMap]
+    """Every kind, layer and head, whatever was drawn of them."""
+    files: list[Path]
+
+
+def attention(
+    run: str | Path,
+    source: str,
+    target: str = "",
+    out: str | Path | None = None,
+    *,
+    kinds: Iterable[str] = (),
+    layers: Iterable[int] = (),
+    heads: Heads = "mean",
+) -> AttentionPictures:
+    """Draw what a trained run looks at while it reads `source` and writes `target`.
+
+    Writes one PNG for each kind of attention, and attention.html, a page on which to explore all of them.
+
+    Args:
+        run: the run folder.
+        source: the sentence to read.
+        target: the text to write, instead of the model's own translation.
+        out: folder for the files; `run`/attention unless given.
+        kinds: of attention, to draw as PNG; all that the model has unless given.
+        layers: to draw as PNG, numbered from 1; all unless given.
+        heads: to draw as PNG: their mean, "all", or numbers from 1.
+
+    Raises:
+        UserError: nothing to read, a choice that the model does not have, or no readable checkpoint.
+    """
+    run = Path(run)
+    out = Path(out or run / "attention")
+    if not source.strip():
+        raise UserError("there is nothing to look at: the sentence is empty.")
+    if out.suffix in (".png", ".html") or (out.exists() and not out.is_dir()):
+        raise UserError(f"{out}: the pictures are several files; name a folder for them.")
+    choice = Choice(tuple(kinds), tuple(layers), heads)
+    choice.check(_attention_sizes(load_meta(run)[0]))
+
+    translator = Translator.open(run)
+    for text in (source, target):
+        if (tokens := len(translator.tokenizer.encode_batch([text])[0])) > LONGEST_DRAWN:
+            raise UserError(f"{tokens} tokens are too many for a picture; at most {LONGEST_DRAWN} can be read.")
+    note = "" if target.strip() else "The second line is the model's own translation."
+    target = target if target.strip() else next(translator.translate([source])).text
+    weights, read, written = translator.attention(source, target)
+    past = [*translator.tokenizer.tokens([BOS]), *written[:-1]]
+    sides = {"encoder": (read, read), "decoder": (written, past), "cross": (written, read)}
+    maps = [AttentionMap(kind, weights_LNTS, *sides[kind]) for kind, weights_LNTS in weights.items()]
+
+    page = attention_page(source, target, note, maps, choice)
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / "attention.html"]
+    for shown in maps:
+        if not choice.kinds or shown.kind in choice.kinds:
+            files.append(out / f"{shown.kind}.png")
+            shown.draw(choice, files[-1], f"{source} → {target}")
+    files[0].write_text(page, encoding="utf-8")
+    return AttentionPictures(source, target, maps, files)
+
+
+def _attention_sizes(experiment: Experiment) -> dict[str, tuple[int, int]]:
+    """Return layers and heads of each kind of attention that a model has, without its parameters."""
+    skeleton = Skeleton.of(experiment.model, replace(experiment.compute, layers="unrolled", attention="xla"))
+    ids = jax.ShapeDtypeStruct((1, 1), np.int32)
+    maps = jax.eval_shape(
+        lambda params, source_BS, target_BT: skeleton.bind(params).attention_maps(source_BS, target_BT),
+        *(skeleton.abstract, ids, ids),
+    )
+    return {kind: (weights_LBNTS.shape[0], weights_LBNTS.shape[2]) for kind, weights_LBNTS in maps.items()}
+
+
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
