@@ -47,7 +47,8 @@ def params_of(run, **compute):
 
 
 def losses(run):
-    timeless = [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in read_metrics(run)]
+    timing = {"tokens_per_second", "seconds"}
+    timeless = [{k: v for k, v in record.items() if k not in timing} for record in read_metrics(run)]
     return [json.dumps(record, sort_keys=True) for record in timeless]
 
 

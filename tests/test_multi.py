@@ -66,6 +66,4 @@ def test_processes_come_and_go_and_the_numbers_stay(tmp_path):
     alone = params_of(tmp_path / "alone")
     for run in ("together", "mixed"):
         assert len(losses(tmp_path / run)) == len(losses(tmp_path / "alone"))
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params_of(tmp_path / run), alone
-        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params_of(tmp_path / run), alone)

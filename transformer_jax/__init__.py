@@ -7,15 +7,18 @@ functions here and as `tjax train ...` on the command line.
 from __future__ import annotations
 
 from transformer_jax import data, models, objectives
+from transformer_jax.compare import compare
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
 from transformer_jax.translate import Translator
-from transformer_jax.verbs import evaluate, list_recipes, show, train, translate
+from transformer_jax.verbs import attention, evaluate, list_recipes, show, train, translate
 
 __all__ = [
     "Experiment",
     "Translator",
     "UserError",
+    "attention",
+    "compare",
     "data",
     "evaluate",
     "list_recipes",

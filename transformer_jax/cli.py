@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
+import json
 import re
 import signal
 import sys
@@ -22,14 +24,21 @@ from rich.console import Console
 from rich.table import Table
 
 from transformer_jax import verbs
-from transformer_jax.config import DecodeConfig, Experiment, flatten, read_experiment
+from transformer_jax.attention_page import Heads
+from transformer_jax.compare import compare, with_settings
+from transformer_jax.config import DecodeConfig, Experiment, TrainConfig, flatten, read_experiment
+from transformer_jax.data.translation import ParallelText
 from transformer_jax.errors import UserError, closest
+from transformer_jax.evaluate import parallel_text
 from transformer_jax.logs import print_json, say
 from transformer_jax.recipes import find_recipe
 from transformer_jax.translate import Translation, Translator
 
 T = TypeVar("T")
 Tree = Annotated[Experiment, tyro.conf.arg(name="")]
+
+COMPARED = ("lstm_demo_en_ko", "bahdanau_demo_en_ko", "luong_demo_en_ko", "transformer_demo_en_ko")
+"""What `tjax compare` compares unless recipes are named."""
 
 USAGE = """\
 usage: tjax VERB ...
@@ -39,6 +48,8 @@ usage: tjax VERB ...
   tjax train RECIPE                train, or continue where it was interrupted
   tjax evaluate RUN                score a trained run on held-out text
   tjax translate RUN "sentence"    translate an argument, a file, or standard input
+  tjax attention RUN "sentence"    draw what each token looks at: PNGs, and a page to explore
+  tjax compare [RECIPE ...]        train recipes on the same text; report quality, speed, pictures
 
 RECIPE is a name that `tjax list` shows, or FILE.py:function; RUN is the folder that `tjax train` printed.
 `tjax VERB --help` explains a verb, `tjax train RECIPE --help` lists every setting of a recipe.
@@ -95,6 +106,47 @@ class TranslateOptions:
     """Text file with one sentence a line."""
     attention_map: str = ""
     """PNG to draw: where each word of the (first) translation looks in the source."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Draw what a trained run looks at: one PNG for each kind of attention, and a page to explore all of it."""
+
+    text: Annotated[str, tyro.conf.Positional] = ""
+    """The sentence to read."""
+    target: str = ""
+    """The text to write, instead of the model's own translation."""
+    kind: tuple[str, ...] = ()
+    """Of attention, to draw as PNG: cross, encoder, decoder; by default all that the model has."""
+    layer: tuple[int, ...] = ()
+    """Layers to draw as PNG, numbered from 1; by default all."""
+    head: Heads = "mean"
+    """Heads to draw as PNG: their mean, all of them, or numbers from 1."""
+    out: str = ""
+    """Folder for the files; by default RUN/attention."""
+    json: bool = False
+    """Print one JSON object: tokens, layers and heads of each kind, and the files."""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Train several recipes on the same text with several seeds, and report what differs, with pictures.
+
+    Typed again, it continues where it was interrupted.
+    """
+
+    data: ParallelText
+    train: TrainConfig
+    seeds: int = 2
+    """Runs of each recipe."""
+    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    """Sequence lengths at which the speed of a training step is measured."""
+    tokens: int = 4096
+    """Tokens a side of a batch in that measurement."""
+    out: str = "compare"
+    """Folder for the runs and the report."""
     json: bool = False
     """Print one JSON object."""
 
@@ -238,12 +290,49 @@ def _translate(argv: list[str]) -> int:
     return 0
 
 
+def _attention(argv: list[str]) -> int:
+    run, rest = _target(argv, AttentionOptions, "RUN")
+    options = parse(AttentionOptions, AttentionOptions(), rest, f"tjax attention {run}")
+    choice: dict[str, Any] = {"kinds": options.kind, "layers": options.layer, "heads": options.head}
+    drawn = verbs.attention(run, options.text, options.target, options.out or None, **choice)
+    if options.json:
+        maps = [
+            {"kind": m.kind, "layers": len(m.weights_LNTS), "heads": m.weights_LNTS.shape[1]}
+            | {"rows": m.rows, "columns": m.columns}
+            for m in drawn.maps
+        ]
+        files = [str(file) for file in drawn.files]
+        print_json({"run": run, "source": drawn.source, "target": drawn.target, "maps": maps, "files": files})
+        return 0
+    sys.stdout.write(f"{drawn.target}\n")
+    say(f"written: {', '.join(map(str, drawn.files))}")
+    return 0
+
+
+def _compare(argv: list[str]) -> int:
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    argv, names = argv[len(names) :], names or list(COMPARED)
+    experiments = [find_recipe(name) for name in names]
+    default = CompareOptions(parallel_text(experiments[0]), experiments[0].train)
+    options = parse(CompareOptions, default, argv, f"tjax compare {' '.join(names)}")
+    if options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {options.seeds}.")
+    experiments = [with_settings(experiment, options.data, options.train) for experiment in experiments]
+    files = compare(experiments, options.seeds, Path(options.out), options.lengths, options.tokens)
+    if options.json:
+        print_json(json.loads(files[-1].read_text(encoding="utf-8")))
+    say(f"written: {', '.join(map(str, files))}")
+    return 0
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "show": _show,
     "train": _train,
     "evaluate": _evaluate,
     "translate": _translate,
+    "compare": _compare,
+    "attention": _attention,
 }
 
 

@@ -27,7 +27,7 @@ from transformer_jax.checkpoint import Checkpoints, Restored, check_same_run, lo
 from transformer_jax.config import Experiment
 from transformer_jax.data.loader import OpenData
 from transformer_jax.errors import UserError
-from transformer_jax.logs import Meter, MetricsLog, meter, say
+from transformer_jax.logs import Meter, MetricsLog, meter, read_metrics, say
 from transformer_jax.train import Batch, Trainer, means
 
 
@@ -109,7 +109,13 @@ class _Session:
         self.train_step, self.eval_step = trainer.train_step(), trainer.eval_step()
         self.validation_loss: float | None = None
         self.pending: tuple[int, Any, np.ndarray] | None = None
-        self.tokens, self.since = 0.0, time.monotonic()
+        self.tokens = 0.0
+        self.began = self.since = time.monotonic()
+        self.seconds_before = max((record["seconds"] for record in read_metrics(run)), default=0.0)
+
+    def _seconds(self) -> float:
+        """Seconds this run has been trained, sessions before an interruption included."""
+        return self.seconds_before + time.monotonic() - self.began
 
     def train(self, received: list[str]) -> None:
         settings = self.settings
@@ -152,7 +158,7 @@ class _Session:
             rate = self.tokens / (time.monotonic() - self.since)
             self.tokens, self.since = 0.0, time.monotonic()
             if self.log:
-                self.log.write(step, "train", values | {"tokens_per_second": rate})
+                self.log.write(step, "train", values | {"tokens_per_second": rate, "seconds": self._seconds()})
             validation = "" if self.validation_loss is None else f"  validation {self.validation_loss:.3f}"
             bar.update(step, f"loss {values['loss']:.3f}{validation}  {rate:,.0f} tokens/s")
 
@@ -162,7 +168,7 @@ class _Session:
         values = evaluate_loss(self.trainer, self.eval_step, self.state.params, batches)
         self.validation_loss = values["nll"]
         if self.log:
-            self.log.write(self.step, "validation", values)
+            self.log.write(self.step, "validation", values | {"seconds": self._seconds()})
         self.tokens, self.since = 0.0, time.monotonic()
 
 

@@ -7,8 +7,11 @@ trace in the caller's session. Tokens come in any script; `_font` sees to it tha
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +21,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ft2font import FT2Font
+from matplotlib.ticker import ScalarFormatter
 
 from transformer_jax.errors import UserError
 
 DPI = 150
+LARGEST_SIDE = 20_000
+"""Pixels; what would be larger is drawn at a lower resolution, since image viewers give up on it."""
 _INK, _TRAIN, _VALIDATION = "#333333", "#8fb3d9", "#c8452f"
+_COLORS = ("#3b6ea8", "#c8452f", "#4f9b58", "#8a5fa8", "#b8860b", "#555555")
 
 
 def loss_curve(
@@ -67,6 +74,44 @@ def loss_curve(
     figure.savefig(path)
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One line of `curves`: y at each x, measured once or several times (seeds)."""
+
+    name: str
+    x: Sequence[float]
+    ys: Sequence[Sequence[float]]
+
+
+def curves(lines: Sequence[Curve], path: Path, x_label: str, y_label: str, *, log: bool = False) -> None:
+    """Draw lines with a band from the lowest to the highest of their measurements.
+
+    Args:
+        lines: what to draw.
+        path: PNG to write.
+        x_label: meaning and unit of x.
+        y_label: meaning and unit of y.
+        log: both axes by powers (of two for x).
+    """
+    figure = _figure(7.0, 4.0)
+    axes = figure.add_subplot()
+    for line, color in zip(lines, itertools.cycle(_COLORS), strict=False):
+        ys = np.asarray(line.ys, dtype=float)
+        axes.plot(line.x, ys.mean(0), color=color, linewidth=2.0, marker="o", markersize=3.5, label=line.name)
+        axes.fill_between(line.x, ys.min(0), ys.max(0), color=color, alpha=0.15, linewidth=0)
+    if log:
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e4e4")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
 def attention_map(
     weights_TS: np.ndarray, row_labels: Sequence[str], column_labels: Sequence[str], path: Path, title: str = ""
 ) -> None:
@@ -105,7 +150,8 @@ def attention_grid(
             raise UserError(f"Attention '{name}' has shape {np.shape(weights_TS)}, the labels want {(T, S)}.")
         if not np.all(np.isfinite(weights_TS)):
             raise UserError(f"Attention '{name}' has weights that are not finite.")
-    rows, columns = [_visible(label) for label in row_labels], [_visible(label) for label in column_labels]
+    rows, columns = [visible(label) for label in row_labels], [visible(label) for label in column_labels]
+    title = title and visible(title)
     font = _font("".join([*rows, *columns, *panels, title]))
 
     across = min(across, len(panels))
@@ -137,8 +183,10 @@ def attention_grid(
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7, length=0, labelcolor=_INK)
     if title:
+        title = textwrap.fill(title, max(40, int(9 * figure.get_figwidth())))  # about 9 characters an inch
         figure.suptitle(title, fontproperties=font, fontsize=11, color=_INK, parse_math=False)
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
+    dpi = min(DPI, LARGEST_SIDE / max(figure.get_size_inches()))
+    figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.12)
 
 
 def _figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
@@ -152,7 +200,7 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray,
     return np.array([step for step, _ in points], int), np.array([loss for _, loss in points], float)
 
 
-def _visible(label: str) -> str:
+def visible(label: str) -> str:
     """Spell out what would draw nothing or move the pen: control characters, and a label of spaces."""
     spelled = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in label)
     return spelled if spelled.strip() else f"'{spelled}'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def provenance() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "device": devices[0].device_kind,
         "devices": len(devices),
+        "cores": os.cpu_count(),
         "processes": jax.process_count(),
         "machine": f"{platform.system()} {platform.machine()}",
     }

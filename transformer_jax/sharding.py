@@ -29,6 +29,7 @@ PARAMETER_AXES: dict[str, str | None] = {
     "F": "tensor",
     "D": "fsdp",
     "H": None,
+    "Z": None,
     "L": None,
 }
 
@@ -40,6 +41,7 @@ ACTIVATION_AXES: dict[str, str | tuple[str, ...] | None] = {
     "F": "tensor",
     "D": None,
     "H": None,
+    "Z": None,
     "T": None,
     "S": None,
 }

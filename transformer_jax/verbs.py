@@ -237,7 +237,7 @@ def attention(
     for shown in maps:
         if not choice.kinds or shown.kind in choice.kinds:
             files.append(out / f"{shown.kind}.png")
-            shown.draw(choice, files[-1], f"{source} → {target}")
+            shown.draw(choice, files[-1], f"{shown.kind} attention: {source} → {target}")
     files[0].write_text(page, encoding="utf-8")
     return AttentionPictures(source, target, maps, files)
 

@@ -2,6 +2,7 @@
 
     B batch   T query/target length   S key/source length   D model width   N query heads   K key/value heads
     G groups (N = K G)   H head size   F feed-forward width   V vocabulary   L layers   M beams   R rows (B x M)
+    Z gates of a recurrent cell
 
 The same letters name the axes of a layout (`sharding.py`).
 """
