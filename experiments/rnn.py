@@ -191,3 +191,24 @@ def luong_wmt14_en_de() -> Experiment:
         name="luong_wmt14_en_de",
         model=replace(GLOBAL, vocab_size=37_000, width=784, embedding=784, encoder_layers=3, decoder_layers=3),
     )
+
+
+def attention_en_ko() -> list[Experiment]:
+    """What attention is worth: LSTM, Bahdanau, Luong, Transformer on sentences of 2 to 24 words; 15 CPU minutes."""
+    steps = 600
+    contestants = [lstm_demo_en_ko(), bahdanau_demo_en_ko(), luong_demo_en_ko(), transformer_demo_en_ko()]
+    return [
+        replace(
+            experiment,
+            data=replace(experiment.data, max_words=24, max_length=64, bucket_lengths=(16, 24, 32, 48, 64)),
+            optim=replace(experiment.optim, schedule=replace(experiment.optim.schedule, warmup=100, steps=steps)),
+            train=replace(experiment.train, steps=steps, eval_every=100, save_every=300),
+            decode=replace(experiment.decode, beam=1),
+        )
+        for experiment in contestants
+    ]
+
+
+def attention_wmt14_en_de() -> list[Experiment]:
+    """The same comparison at 63M parameters on WMT14 English to German, for GPU or TPU."""
+    return [lstm_wmt14_en_de(), bahdanau_wmt14_en_de(), luong_wmt14_en_de(), transformer_base_wmt14_en_de()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import re
 import signal
@@ -31,14 +30,11 @@ from transformer_jax.data.translation import ParallelText
 from transformer_jax.errors import UserError, closest
 from transformer_jax.evaluate import parallel_text
 from transformer_jax.logs import print_json, say
-from transformer_jax.recipes import find_recipe
+from transformer_jax.recipes import find_experiments, find_recipe
 from transformer_jax.translate import Translation, Translator
 
 T = TypeVar("T")
 Tree = Annotated[Experiment, tyro.conf.arg(name="")]
-
-COMPARED = ("lstm_demo_en_ko", "bahdanau_demo_en_ko", "luong_demo_en_ko", "transformer_demo_en_ko")
-"""What `tjax compare` compares unless recipes are named."""
 
 USAGE = """\
 usage: tjax VERB ...
@@ -49,9 +45,9 @@ usage: tjax VERB ...
   tjax evaluate RUN                score a trained run on held-out text
   tjax translate RUN "sentence"    translate an argument, a file, or standard input
   tjax attention RUN "sentence"    draw what each token looks at: PNGs, and a page to explore
-  tjax compare [RECIPE ...]        train recipes on the same text; report quality, speed, pictures
+  tjax compare PLAN                train several on the same text; report quality, speed, pictures
 
-RECIPE is a name that `tjax list` shows, or FILE.py:function; RUN is the folder that `tjax train` printed.
+RECIPE and PLAN are names that `tjax list` shows, or FILE.py:function; RUN is the folder that `tjax train` printed.
 `tjax VERB --help` explains a verb, `tjax train RECIPE --help` lists every setting of a recipe.
 """
 
@@ -132,7 +128,7 @@ class AttentionOptions:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Train several recipes on the same text with several seeds, and report what differs, with pictures.
+    """Train several experiments on the same text with several seeds, and report what differs, with pictures.
 
     Typed again, it continues where it was interrupted.
     """
@@ -140,13 +136,13 @@ class CompareOptions:
     data: ParallelText
     train: TrainConfig
     seeds: int = 2
-    """Runs of each recipe."""
+    """Runs of each experiment."""
     lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
     """Sequence lengths at which the speed of a training step is measured."""
     tokens: int = 4096
     """Tokens a side of a batch in that measurement."""
-    out: str = "compare"
-    """Folder for the runs and the report."""
+    out: str = ""
+    """Folder for the runs and the report; by default runs/compare_PLAN."""
     json: bool = False
     """Print one JSON object."""
 
@@ -181,12 +177,13 @@ def _list(argv: list[str]) -> int:
     options = parse(ListOptions, ListOptions(), argv, "tjax list")
     found = verbs.list_recipes()
     if options.json:
-        print_json({"recipes": found})
+        print_json(found)
         return 0
-    table = Table("recipe", "what it is", box=None, pad_edge=False)
-    for name, what in found.items():
-        table.add_row(name, what)
-    _out().print(table)
+    width = max(len(name) for names in found.values() for name in names)
+    for kind, names in found.items():
+        _out().print(f"{kind}:")
+        for name, what in names.items():
+            _out().print(f"  {name:{width}}  {what}", markup=False)
     return 0
 
 
@@ -310,15 +307,15 @@ def _attention(argv: list[str]) -> int:
 
 
 def _compare(argv: list[str]) -> int:
-    names = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    argv, names = argv[len(names) :], names or list(COMPARED)
-    experiments = [find_recipe(name) for name in names]
+    plan, rest = _target(argv, CompareOptions, "PLAN")
+    experiments = find_experiments(plan)
     default = CompareOptions(parallel_text(experiments[0]), experiments[0].train)
-    options = parse(CompareOptions, default, argv, f"tjax compare {' '.join(names)}")
+    options = parse(CompareOptions, default, rest, f"tjax compare {plan}")
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}.")
     experiments = [with_settings(experiment, options.data, options.train) for experiment in experiments]
-    files = compare(experiments, options.seeds, Path(options.out), options.lengths, options.tokens)
+    out = Path(options.out or Path("runs") / f"compare_{plan.rsplit(':')[-1]}")
+    files = compare(experiments, options.seeds, out, options.lengths, options.tokens)
     if options.json:
         print_json(json.loads(files[-1].read_text(encoding="utf-8")))
     say(f"written: {', '.join(map(str, files))}")
@@ -375,7 +372,7 @@ def _target(argv: list[str], kind: type[Any], what: str) -> tuple[str, list[str]
     """Take the recipe or run folder from the front; `tjax VERB --help` explains the verb without one."""
     verb = kind.__name__.removesuffix("Options").lower()
     if argv and argv[0] in ("-h", "--help"):
-        settings = "every setting of a recipe" if what == "RECIPE" else "the options"
+        settings = "the options" if what == "RUN" else "every setting"
         sys.stdout.write(f"usage: tjax {verb} {what} [options]\n\n{kind.__doc__}\n\n")
         sys.stdout.write(f"`tjax {verb} {what} --help` lists {settings}.\n")
         sys.exit(0)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformer_jax.objectives import Sums
 
 
+@dataclass(frozen=True)
 class Config(abc.ABC):  # noqa: B024 - ABC for the abstract methods of the open nodes below
     """A node of the experiment that can check itself before anything is compiled or allocated."""
 
@@ -67,6 +68,7 @@ class MeshConfig(Config):
     """Shares of heads, feed-forward width and vocabulary."""
 
 
+@dataclass(frozen=True)
 class ModelConfig(Config):
     """Architecture of one family. Subclasses are frozen dataclasses beside their Flax modules, in `models/`."""
 
@@ -77,6 +79,7 @@ class ModelConfig(Config):
         """Construct the Flax module; under `jax.eval_shape` no memory is taken."""
 
 
+@dataclass(frozen=True)
 class ObjectiveConfig(Config):
     """What is minimised. Subclasses are frozen dataclasses in `objectives.py`."""
 
@@ -85,6 +88,7 @@ class ObjectiveConfig(Config):
         """Return summed losses and the weight to divide them by; `key=None` means deterministic."""
 
 
+@dataclass(frozen=True)
 class DataConfig(Config):
     """Where examples come from. Subclasses are frozen dataclasses in `data/`."""
 

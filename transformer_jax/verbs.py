@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,20 @@ from transformer_jax.loop import Outcome, run_training
 from transformer_jax.nn.module import Skeleton, parameter_count
 from transformer_jax.plots import attention_grid, loss_curve
 from transformer_jax.provenance import provenance
-from transformer_jax.recipes import recipes
+from transformer_jax.recipes import plans, recipes
 from transformer_jax.translate import Translation, Translator
 
 SAMPLES = 10
 """Held-out sentences shown after an evaluation."""
 
 
-def list_recipes() -> dict[str, str]:
-    """Return every recipe with the first line of its description."""
-    return {name: (inspect.getdoc(recipe) or "").split("\n", 1)[0] for name, recipe in recipes().items()}
+def list_recipes() -> dict[str, dict[str, str]]:
+    """Return the "recipes" and "plans" by name, each with the first line of its description."""
+
+    def described(found: Mapping[str, Callable[[], Any]]) -> dict[str, str]:
+        return {name: (inspect.getdoc(function) or "").split("\n", 1)[0] for name, function in found.items()}
+
+    return {"recipes": described(recipes()), "plans": described(plans())}
 
 
 def show(experiment: Experiment) -> dict[str, Any]:
