@@ -19,6 +19,17 @@ from transformer_jax.objectives import Seq2Seq
 BASE = TransformerConfig()
 BIG = replace(BASE, width=1024, heads=16, feedforward=4096, dropout=0.3)
 
+HELP_EN_KO = ParallelText(
+    dataset="tjax_parallel/help_en_ko",
+    source="en",
+    target="ko",
+    min_words=2,
+    max_words=12,
+    max_length=48,
+    batch_tokens=1536,
+    bucket_lengths=(12, 16, 24, 32, 48),
+)
+
 
 def transformer_base_wmt14_en_de() -> Experiment:
     """The base model, English to German: table 3, first row; sections 5.1 to 5.4."""
@@ -105,16 +116,7 @@ def transformer_demo_en_ko() -> Experiment:
             vocab_size=2000, width=128, heads=4, feedforward=512, encoder_layers=2, decoder_layers=2, dropout=0.2
         ),
         objective=Seq2Seq(smoothing=0.1),
-        data=ParallelText(
-            dataset="tjax_parallel/help_en_ko",
-            source="en",
-            target="ko",
-            min_words=2,
-            max_words=12,
-            max_length=48,
-            batch_tokens=1536,
-            bucket_lengths=(12, 16, 24, 32, 48),
-        ),
+        data=HELP_EN_KO,
         optim=OptimConfig(schedule=ScheduleConfig(kind="cosine", peak=3e-3, warmup=200, steps=steps), clip_norm=1.0),
         train=TrainConfig(steps=steps, eval_every=200, save_every=200),
     )
