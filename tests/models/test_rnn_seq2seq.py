@@ -107,7 +107,9 @@ def test_the_source_matters_and_every_parameter_has_a_gradient(model, sentences)
     def loss(params):
         return jnp.square(nnx.merge(graph, params)(source, target, key=jax.random.key(7))).mean()
 
-    for path, gradient in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+    with jax.disable_jit():
+        gradients = jax.grad(loss)(params)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.any(gradient != 0), jax.tree_util.keystr(path)
 
 
@@ -196,7 +198,7 @@ def test_luong_by_hand(sentences):
 
 
 def test_bfloat16_stays_near_float32_and_remat_equals_none(sentences):
-    config = replace(CONFIG, **VARIANTS["luong_feeding"])
+    config = replace(CONFIG, encoder_layers=1, attention="general", input_feeding=True)
     plain = Skeleton.of(config, ComputeConfig())
     half = Skeleton.of(config, ComputeConfig(dtype="bfloat16"))
     params = plain.init(jax.random.key(0))
@@ -264,23 +266,30 @@ def test_bad_settings(changes, message):
 
 
 def experiment(**changes):
-    """The tiny experiment of the house with a recurrent model whose every size 8 divides."""
-    model = RNNSeq2SeqConfig(vocab_size=312, width=24, embedding=16, encoder_layers=2, decoder_layers=2, init_scale=0.2)
-    return replace(deterministic(tiny()), model=replace(model, **changes))
+    """The tiny experiment of the house with a recurrent model whose every size 2 divides."""
+    tiny_one = deterministic(tiny())
+    model = RNNSeq2SeqConfig(vocab_size=306, width=24, embedding=16, encoder_layers=1, decoder_layers=1, init_scale=0.2)
+    # A larger eps: Adam divides, so it would blow the rounding of gradients near zero up.
+    return replace(tiny_one, model=replace(model, **changes), optim=replace(tiny_one.optim, eps=1e-5), mesh=ONE)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"cell": "gru", "bidirectional": True, "attention": "additive", "maxout": 32},
-        {"attention": "general", "input_feeding": True, "reverse_source": True},
-        {"cell": "rnn", "bidirectional": True, "encoder_layers": 1},
+        {"attention": "general", "input_feeding": True, "reverse_source": True, "decoder_layers": 2},
+        {"cell": "rnn", "bidirectional": True},
     ],
     ids=["bahdanau", "luong", "context"],
 )
-def test_sharded_and_accumulated_equal_single_device(batch, changes):  # noqa: F811
+def test_sharded_equals_single_device(batch, changes):  # noqa: F811
     recurrent = experiment(**changes)
-    single = steps(replace(recurrent, mesh=ONE), batch, devices=jax.devices()[:1])
+    single = steps(recurrent, batch, devices=jax.devices()[:1])
     assert_same(steps(replace(recurrent, mesh=MeshConfig(2, 2, 2)), batch), single)
-    accumulated = replace(recurrent, mesh=ONE, train=replace(recurrent.train, accumulate=4))
-    assert_same(steps(accumulated, batch, devices=jax.devices()[:1]), single)
+
+
+def test_accumulation_equals_one_big_batch(batch):  # noqa: F811
+    recurrent = experiment(attention="dot", input_feeding=True)
+    accumulated = replace(recurrent, train=replace(recurrent.train, accumulate=4))
+    one = jax.devices()[:1]
+    assert_same(steps(accumulated, batch, devices=one), steps(recurrent, batch, devices=one))

@@ -102,6 +102,21 @@ class RNNSeq2SeqConfig(ModelConfig):
         """Construct the module."""
         return RNNSeq2Seq(key, self, compute)
 
+    def forward_flops(self, source: int, target: int) -> int:
+        """Two a weight and token, and attention; what happens once a sentence (first states) is left out."""
+        h, m, s, t = self.width, self.memory_width, source, target
+        gates = CELLS[self.cell].gates * h
+        encoder = sum(s * 2 * gates * (i + h) for i in [self.embedding, *[m] * (self.encoder_layers - 1)])
+        decoder = sum(t * 2 * gates * (i + h) for i in [self.embedding, *[h] * (self.decoder_layers - 1)])
+        decoder += t * 2 * gates * self.fed_width
+        if self.attention != "none":
+            decoder += 2 * t * s * (h + m)
+        if self.attention in ("additive", "general"):
+            decoder += s * 2 * m * h
+        decoder += t * 2 * h * {"none": 0, "additive": h}.get(self.attention, m + h)
+        decoder += t * 2 * (h + self.embedding + self.fed_width) * 2 * self.maxout
+        return encoder * (1 + self.bidirectional) + decoder + t * 2 * (self.maxout or h) * self.vocab_size
+
 
 class Memory(NamedTuple):
     """What the encoder hands to the decoder."""

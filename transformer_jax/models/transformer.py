@@ -59,6 +59,16 @@ class TransformerConfig(ModelConfig):
         """Construct the module."""
         return Transformer(key, self, compute)
 
+    def forward_flops(self, source: int, target: int) -> int:
+        """Two a parameter and token, and attention: 4 width a query and key, halved in the causal triangle."""
+        d, s, t = self.width, source, target
+        feedforward = 4 * d * self.feedforward
+        encoder = s * (8 * d * d + feedforward) + 4 * d * s * s
+        decoder = t * (8 * d * d + feedforward) + 2 * d * t * t
+        cross = t * 4 * d * d + s * 4 * d * d + 4 * d * t * s
+        head = 2 * d * self.vocab_size * t
+        return self.encoder_layers * encoder + self.decoder_layers * (decoder + cross) + head
+
 
 Weights = dict[str, jax.Array | None]
 """Attention weights [B, N, T, S] of one block by name, where the backend forms them."""
