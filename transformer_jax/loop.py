@@ -61,6 +61,12 @@ def run_training(experiment: Experiment, run: Path) -> tuple[Outcome, OpenData]:
     iterator = data.train_iterator(experiment.train.seed, jax.process_index(), jax.process_count())
     say(trainer.describe())
     say(_describe(data.summary()))
+    plan = experiment.optim.schedule
+    if plan.kind in ("cosine", "wsd") and plan.steps != experiment.train.steps:
+        say(
+            f"note: the learning rate decays over optim.schedule.steps={plan.steps}, but the run has "
+            f"train.steps={experiment.train.steps}; give both to change both"
+        )
     run.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(run, trainer, data.tokenizer.to_json(), say)
     restored = checkpoints.restore_or_init(iterator)

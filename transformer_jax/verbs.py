@@ -109,8 +109,8 @@ class Evaluation:
 def evaluate(run: str | Path, test: str = "", decode: DecodeConfig | None = None) -> Evaluation:
     """Score a run on its held-out test split, or on another test set, beside two floors.
 
-    Writes evaluation.json, translations.tsv (source, reference, translation) and, for the own test split,
-    attention.png into the run folder; another test set gets files of its own name.
+    Writes evaluation.json, translations.tsv (source, reference, translation) and, for the own test split of a model
+    with attention, attention.png into the run folder; another test set gets files of its own name.
 
     Args:
         run: the run folder.
@@ -147,7 +147,7 @@ def evaluate(run: str | Path, test: str = "", decode: DecodeConfig | None = None
     files[1].write_text("".join(lines), encoding="utf-8")
     # The same sentences every time, from all over the test set.
     samples = sorted(random.Random(0).sample(range(len(pairs)), min(SAMPLES, len(pairs))))
-    if not test:
+    if not test and "cross" in _attention_sizes(experiment):
         lengths = [(abs(len(scored.translations[i].source.split()) - 8), i) for i in samples]
         shown = scored.translations[min(lengths)[1]]
         files.append(draw_attention(translator, shown.source, shown.text, run / "attention.png"))
@@ -167,8 +167,14 @@ def translate(
 
 
 def draw_attention(translator: Translator, source: str, target: str, path: Path) -> Path:
-    """Draw where each target token looks in the source: cross-attention, averaged over heads, per decoder layer."""
+    """Draw where each target token looks in the source: cross-attention, averaged over heads, per decoder layer.
+
+    Raises:
+        UserError: the model has no attention.
+    """
     weights, columns, rows = translator.attention(source, target)
+    if "cross" not in weights:
+        raise UserError(f"'{translator.experiment.name}' has no attention: there is nothing to draw.")
     panels = {f"decoder layer {i + 1}": layer_TS for i, layer_TS in enumerate(weights["cross"].mean(1))}
     attention_grid(panels, rows, columns, path, f"{source} → {target}")
     return path
