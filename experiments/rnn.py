@@ -1,7 +1,7 @@
 """Recurrent translation before the Transformer: the papers' models, and three to stand beside the Transformer.
 
 The papers train with Adadelta or SGD on vocabularies of words; all of ours train with Adam on one joint vocabulary of
-byte-level BPE. Sizes, initial values, clipping, dropout, batches and lengths of training are the papers'.
+byte-level BPE. Sizes, clipping, dropout, batches and lengths of training are the papers'; learning rates are ours.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformer_jax.data.translation import ParallelText
 from transformer_jax.models.rnn_seq2seq import RNNSeq2SeqConfig
 from transformer_jax.objectives import Seq2Seq
 
+# Initial values are the library's, where the paper draws orthogonal recurrent matrices and the rest from N(0, 0.01^2).
 RNNSEARCH = RNNSeq2SeqConfig(
     vocab_size=30_000,
     width=1000,
@@ -62,6 +63,7 @@ def rnnsearch_50() -> Experiment:
             clip_norm=1.0,
         ),
         train=TrainConfig(steps=steps, log_every=100, eval_every=2000, save_every=2000),
+        # The paper does not say how wide its beam is.
         decode=DecodeConfig(beam=12, length_penalty=0.0),
     )
 

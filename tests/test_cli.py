@@ -95,7 +95,7 @@ def test_evaluate_as_json_is_one_object(tjax, run):
 
 def test_evaluate_on_another_test_set(tjax, run, tmp_path):
     other = write_pairs(tmp_path / "other.tsv", rows=7)
-    code, out, _ = tjax("evaluate", run, "--test", other, "--decode.beam", "1", "--json")
+    code, out, _ = tjax("evaluate", run, "--test", other, "--beam", "1", "--json")
     assert code == 0
     assert json.loads(out)["scores"]["model"]["sentences"] == 7
     assert (run / "evaluation-other.tsv.json").exists()
@@ -140,6 +140,7 @@ def test_mistakes_on_the_command_line(tjax, recipe, run, tmp_path):
     assert_one_line(tjax("evaluate", tmp_path), "is not a run folder")
     assert_one_line(tjax("evaluate", run, "--test", tmp_path / "no.tsv"), "no.tsv")
     assert_one_line(tjax("translate", run, "--file", tmp_path / "absent.txt"), "absent.txt", "no such file")
+    assert_one_line(tjax("translate", run, "one", "two"), "unexpected argument 'two'")
     assert_one_line(tjax("translate", run, "one", "--beam", "0"), "decode.beam")
     assert_one_line(tjax("translate", run, "one", "--attention-map", tmp_path / "no" / "a.png"), "no such folder")
     assert_one_line(tjax("translate", run, "one", "--average", "9"), "decode.average=9")

@@ -76,9 +76,13 @@ def test_differences_name_fields_and_values():
 def test_own_recipe_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from dataclasses import replace\n"
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass, replace\n"
         "from experiments.transformer import transformer_demo_en_ko\n"
         "from transformer_jax.config import Experiment\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine:\n"
+        "    size: int = 3\n"
         "def wide() -> Experiment:\n"
         "    return replace(transformer_demo_en_ko(), name='wide')\n"
     )

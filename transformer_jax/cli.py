@@ -86,7 +86,7 @@ class TrainOptions:
 class EvaluateOptions:
     """Score a run on its held-out test split, or on another test set, with BLEU and chrF beside two floors."""
 
-    decode: DecodeConfig
+    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")]
     test: str = ""
     """Another test set: files (pairs.tsv, pairs.jsonl, a.de,a.en) or a TFDS dataset."""
     json: bool = False
@@ -396,6 +396,8 @@ def parse(kind: type[T], default: T, argv: list[str], prog: str) -> T:
         text = re.sub(r"[│╭╮╰╯]", "", errors.getvalue()).split("──")
         message = next((part.strip() for part in text[1:] if len(part.split()) > 2), errors.getvalue())
         raise UserError(f"{message} (`{prog} --help` lists the options)") from None
+    if unknown and not unknown[0].startswith("-"):
+        raise UserError(f"unexpected argument '{unknown[0]}'. (`{prog} --help`)")
     if unknown:
         options_known = [f"--{name.replace('_', '-')}" for name in _option_names(default)]
         raise UserError(f"unknown option {unknown[0]}.{closest(unknown[0], options_known)} (`{prog} --help`)")
@@ -404,7 +406,7 @@ def parse(kind: type[T], default: T, argv: list[str], prog: str) -> T:
 
 def _option_names(default: Any) -> Iterator[str]:
     for name, _ in flatten(default):
-        yield name.removeprefix("experiment.")
+        yield re.sub(r"^(experiment|decode)\.", "", name)  # these fields are named ""
 
 
 def _target(argv: list[str], kind: type[Any], what: str) -> tuple[str, list[str]]:

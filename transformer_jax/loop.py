@@ -166,7 +166,7 @@ class _Session:
             if self.log:
                 self.log.write(step, "train", values | {"tokens_per_second": rate, "seconds": self._seconds()})
             validation = "" if self.validation_loss is None else f"  validation {self.validation_loss:.3f}"
-            bar.update(step, f"loss {values['loss']:.3f}{validation}  {rate:,.0f} tokens/s")
+            bar.update(step, f"loss {values['nll']:.3f}{validation}  {rate:,.0f} tokens/s")
 
     def evaluate(self) -> None:
         """Score the validation split by teacher forcing; its "nll" decides which checkpoint is best."""

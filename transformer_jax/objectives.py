@@ -17,7 +17,8 @@ from transformer_jax.errors import UserError
 BOS = 1
 
 Sums = dict[str, jax.Array]
-"""Float32 scalars: "loss" is differentiated, "weight" is what all others are divided by; the rest are metrics."""
+"""Float32 scalars: "loss" is differentiated, "weight" is what all others are divided by, "nll" is the loss without
+regularisation, by which checkpoints are ranked; the rest are metrics."""
 
 
 def smoothed_cross_entropy(logits_BTV: jax.Array, labels_BT: jax.Array, smoothing: float) -> jax.Array:

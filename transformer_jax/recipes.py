@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -83,5 +84,6 @@ def _load(path: Path) -> ModuleType:
     if not path.is_file() or spec is None or spec.loader is None:
         raise UserError(f"there is no recipe file {path}.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
+from transformer_jax.kernels.attention import chosen
 from transformer_jax.nn.module import Params, Skeleton, parameter_count
 from transformer_jax.objectives import Sums
 from transformer_jax.optim import optimizer, schedule
@@ -62,11 +63,13 @@ class Trainer:
     def describe(self) -> str:
         """Say in one line what runs where."""
         device, compute = self.mesh.devices.flat[0], self.skeleton.compute
+        scanned = any(names.startswith("L") for names in jax.tree.leaves(self.skeleton.letters))
+        layers = "scanned" if scanned else "unrolled"
         axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
         return (
             f"{self.experiment.name}: {parameter_count(self.skeleton.abstract):,} parameters on "
-            f"{self.mesh.size} x {device.device_kind} ({axes}), {compute.dtype}, layers {compute.layers}, "
-            f"attention {compute.attention}, remat {compute.remat}"
+            f"{self.mesh.size} x {device.device_kind} ({axes}), {compute.dtype}, {layers} layers, "
+            f"attention by {chosen(compute.attention)}, remat {compute.remat}"
         )
 
     def init(self) -> TrainState:

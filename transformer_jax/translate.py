@@ -45,12 +45,13 @@ class Translator:
     """The checkpoints whose parameters are averaged."""
 
     @staticmethod
-    def open(run: Path, average: int | None = None) -> Translator:
+    def open(run: str | Path, average: int | None = None) -> Translator:
         """Load the newest `average` checkpoints (the experiment's own number unless given).
 
         Raises:
             UserError: the folder holds no readable checkpoint, or too few.
         """
+        run = Path(run)
         experiment, tokenizer_json = load_meta(run)
         # Decoding keeps one cache per layer, and pictures need the attention weights: unrolled, plain attention.
         compute = replace(experiment.compute, layers="unrolled", attention="xla", remat="none")

@@ -31,6 +31,14 @@ VARIANTS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compiles():
+    """These tests compile many small programs and run each once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def built(**changes):
     """A model with random parameters and no zeros among them, which hide mistakes."""
     config = replace(CONFIG, **changes)
@@ -107,9 +115,7 @@ def test_the_source_matters_and_every_parameter_has_a_gradient(model, sentences)
     def loss(params):
         return jnp.square(nnx.merge(graph, params)(source, target, key=jax.random.key(7))).mean()
 
-    with jax.disable_jit():
-        gradients = jax.grad(loss)(params)
-    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+    for path, gradient in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
         assert np.any(gradient != 0), jax.tree_util.keystr(path)
 
 

@@ -18,6 +18,14 @@ LENGTHS = (11, 4, 7, 1, 9)
 MASK = np.arange(T) < np.asarray(LENGTHS)[:, None]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compiles():
+    """These tests compile many small programs and run each once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(params=CELLS)
 def cell(request):
     return drawn(lambda: CELLS[request.param](jax.random.key(0), INPUTS, D))

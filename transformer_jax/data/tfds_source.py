@@ -105,7 +105,7 @@ def _not_readable(builder: tfds.core.DatasetBuilder, dataset: str, data_dir: str
     if (folder / "dataset_info.json").exists():
         return UserError(
             f"{folder} holds '{dataset}' as {builder.info.file_format.value}, which has no random access. Convert it "
-            "once: pip install 'transformer_jax[prepare]', then tfds convert_format "
+            "once: pip install tensorflow-cpu h5py, then tfds convert_format "
             f"--dataset_version_dir={folder} --out_file_format=array_record"
         )
     if others := sorted(info.parent.name for info in folder.parent.glob("*/dataset_info.json")):
@@ -116,7 +116,7 @@ def _not_readable(builder: tfds.core.DatasetBuilder, dataset: str, data_dir: str
     where = f" --data_dir={data_dir}" if data_dir else ""
     return UserError(
         f"'{dataset}' is not prepared in {folder}. Prepare it once, with a network: "
-        f"pip install 'transformer_jax[prepare]', then tfds build {dataset} --file_format=array_record{where}"
+        f"pip install tensorflow-cpu h5py, then tfds build {dataset} --file_format=array_record{where}"
     )
 
 

@@ -56,9 +56,18 @@ def attention(
     Raises:
         ValueError: the backend is unknown.
     """
-    if backend not in ("auto", "xla"):
-        raise ValueError(f"unknown attention backend {backend!r}")
-    return _xla(q_BTNH, k_BSKH, v_BSKH, mask)
+    return BACKENDS[chosen(backend)](q_BTNH, k_BSKH, v_BSKH, mask)
+
+
+def chosen(backend: str) -> str:
+    """Name the backend that serves a wish; "auto" takes the fastest that can.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(BACKENDS)}")
+    return "xla" if backend == "auto" else backend
 
 
 def _xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
@@ -73,3 +82,6 @@ def _xla(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) ->
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
     out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
     return out_BTKGH.reshape(b, t, n, h), weights_BKGTS.reshape(b, n, t, s)
+
+
+BACKENDS = {"xla": _xla}

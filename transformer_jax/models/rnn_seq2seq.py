@@ -51,9 +51,15 @@ class RNNSeq2SeqConfig(ModelConfig):
     input_feeding: bool = False
     """The attentional vector of a step enters the next one (Luong 2015, section 3.3)."""
     maxout: int = 0
-    """Units of a maxout layer that reads state, last token and context (Bahdanau 2015, A.2.2); 0 leaves it out."""
+    """Units of a maxout layer that reads state, last token and context; 0 leaves it out.
+
+    Bahdanau 2015, A.2.2, but with the new state s_i of the paper's equation 4, where the appendix prints s_{i-1}.
+    """
     tied: bool = False
-    """One embedding for source, target and output, instead of three as in the papers."""
+    """One embedding for source, target and output, scaled by sqrt(embedding) on the way in (Vaswani 2017, section 3.4).
+
+    The papers have three, unscaled.
+    """
     dropout: float = 0.0
     """On embeddings and on the output of every layer, never from step to step (Zaremba 2014)."""
     init_scale: float = 0.0
@@ -440,7 +446,10 @@ class RNNSeq2Seq(nnx.Module):
         return logits_BTV, decoded, state
 
     def _embed(self, embedding: Embedding, ids_BT: jax.Array, key: jax.Array | None) -> jax.Array:
-        return dropout(constrain(embedding(ids_BT, self.dtype), "BTD"), self.config.dropout, key)
+        x_BTD = embedding(ids_BT, self.dtype)
+        if self.config.tied:
+            x_BTD *= jnp.asarray(self.config.embedding**0.5, self.dtype)
+        return dropout(constrain(x_BTD, "BTD"), self.config.dropout, key)
 
 
 def _top(states: list[State], dtype: jnp.dtype) -> jax.Array:
