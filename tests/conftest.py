@@ -1,4 +1,4 @@
-"""Eight fake devices for every test, and a home for caches that is thrown away."""
+"""Eight fake devices for every test, and caches that are thrown away."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+import jax
 import pytest
 
 
@@ -17,4 +18,9 @@ def _caches(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
         patch.setenv("TFDS_DATA_DIR", str(home / "tfds"))
+        # Many tests train the same tiny model: compile it once, in the processes they start too.
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "compiled"))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+        jax.config.update("jax_compilation_cache_dir", str(home / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
         yield
