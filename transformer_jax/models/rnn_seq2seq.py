@@ -20,6 +20,7 @@ from flax import nnx
 
 from transformer_jax.config import ComputeConfig, ModelConfig
 from transformer_jax.errors import UserError
+from transformer_jax.nn.alignment import Additive, Multiplicative, Seen
 from transformer_jax.nn.layers import Embedding, Linear, dropout, split
 from transformer_jax.nn.recurrent import GRU, LSTM, RNN, Cell, RecurrentLayer, State, gathered, over_time, recur
 from transformer_jax.sharding import constrain
@@ -133,14 +134,6 @@ class Memory(NamedTuple):
     """The last state of each layer; both directions side by side, of which the backward one ends at the start."""
 
 
-class Seen(NamedTuple):
-    """What attention looks at."""
-
-    x_BSD: jax.Array
-    keys_BSF: jax.Array
-    segments_BS: jax.Array
-
-
 class Decoded(NamedTuple):
     """What a decoder says about T positions."""
 
@@ -149,55 +142,6 @@ class Decoded(NamedTuple):
     """What it read of the source, the same for all T (T = 1) if there is no attention."""
     weights_BTS: jax.Array | None
     """Attention weights."""
-
-
-class Attention(nnx.Module):
-    """The average of the encoder's outputs, weighted by a softmax of scores; a subclass says how to score."""
-
-    keys: Linear | None
-
-    def score(self, query_BTD: jax.Array, keys_BSF: jax.Array) -> jax.Array:
-        """Return [B, T, S]."""
-        raise NotImplementedError
-
-    def look_at(self, memory: Memory) -> Seen:
-        """Project the keys, once for all queries."""
-        keys_BSF = memory.x_BSD if self.keys is None else self.keys(memory.x_BSD)
-        return Seen(memory.x_BSD, constrain(keys_BSF, "BSF"), memory.segments_BS)
-
-    def __call__(self, query_BTD: jax.Array, seen: Seen) -> tuple[jax.Array, jax.Array]:
-        """Return the context [B, T, D] and the weights [B, T, S]; the softmax is float32."""
-        scores_BTS = self.score(query_BTD, seen.keys_BSF).astype(jnp.float32)
-        # Finite, so that a row that sees nothing (padding) stays finite too.
-        weights_BTS = jax.nn.softmax(jnp.where(seen.segments_BS[:, None] != 0, scores_BTS, -1e30))
-        return jnp.einsum("BTS,BSD->BTD", weights_BTS.astype(seen.x_BSD.dtype), seen.x_BSD), weights_BTS
-
-
-class AdditiveAttention(Attention):
-    """score = v tanh(W s + U h) of decoder state s and encoder output h (Bahdanau 2015, A.1.2)."""
-
-    def __init__(self, key: jax.Array, config: RNNSeq2SeqConfig) -> None:
-        query, keys, energy = jax.random.split(key, 3)
-        units = {"F": config.width}
-        self.query = Linear(query, {"D": config.width}, units, bias=False)
-        self.keys = Linear(keys, {"D": config.memory_width}, units, bias=False)
-        self.energy = Linear(energy, units, {}, bias=False)
-
-    def score(self, query_BTD: jax.Array, keys_BSF: jax.Array) -> jax.Array:
-        """Return [B, T, S], by way of [B, T, S, F]."""
-        return self.energy(jnp.tanh(self.query(query_BTD)[:, :, None] + keys_BSF[:, None]))
-
-
-class MultiplicativeAttention(Attention):
-    """score = s W h (general), or s h (dot), of decoder state s and encoder output h (Luong 2015, section 3.1)."""
-
-    def __init__(self, key: jax.Array, config: RNNSeq2SeqConfig) -> None:
-        general = config.attention == "general"
-        self.keys = Linear(key, {"D": config.memory_width}, {"F": config.width}, bias=False) if general else None
-
-    def score(self, query_BTD: jax.Array, keys_BSF: jax.Array) -> jax.Array:
-        """Return [B, T, S]."""
-        return jnp.einsum("BTF,BSF->BTS", query_BTD, keys_BSF, preferred_element_type=jnp.float32)
 
 
 class Decoder(nnx.Module):
@@ -309,12 +253,13 @@ class BahdanauDecoder(Decoder):
     def __init__(self, key: jax.Array, config: RNNSeq2SeqConfig, compute: ComputeConfig) -> None:
         stack, attention = jax.random.split(key)
         super().__init__(stack, config, compute)
-        self.attention = AdditiveAttention(attention, config)
+        self.attention = Additive(attention, config.width, config.memory_width)
 
     def begin(self, memory: Memory) -> tuple[list[State], Seen]:
         """Return the first states and what attention looks at."""
         h_BD = _top(memory.final, memory.x_BSD.dtype)
-        return self.first_states(memory.final, h_BD[:, -self.config.width :]), self.attention.look_at(memory)
+        seen = self.attention.look_at(memory.x_BSD, memory.segments_BS)
+        return self.first_states(memory.final, h_BD[:, -self.config.width :]), seen
 
     def __call__(
         self, state: list[State], memory: Seen, y_BTD: jax.Array, *, key: jax.Array | None = None
@@ -342,14 +287,16 @@ class LuongDecoder(Decoder):
     def __init__(self, key: jax.Array, config: RNNSeq2SeqConfig, compute: ComputeConfig) -> None:
         stack, attention, combine = jax.random.split(key, 3)
         super().__init__(stack, config, compute)
-        self.attention = MultiplicativeAttention(attention, config)
+        general = config.attention == "general"
+        self.attention = Multiplicative(attention, config.width, config.memory_width, general=general)
         self.combine = Linear(combine, {"D": config.memory_width + config.width}, {"F": config.width}, bias=False)
 
     def begin(self, memory: Memory) -> tuple[LuongState, Seen]:
         """Return the first states, with a vector of zeros, and what attention looks at."""
         h_BD = _top(memory.final, memory.x_BSD.dtype)
         zeros_BD = jnp.zeros((len(h_BD), self.config.width), h_BD.dtype)
-        return LuongState(self.first_states(memory.final, h_BD), zeros_BD), self.attention.look_at(memory)
+        seen = self.attention.look_at(memory.x_BSD, memory.segments_BS)
+        return LuongState(self.first_states(memory.final, h_BD), zeros_BD), seen
 
     def __call__(
         self, state: LuongState, memory: Seen, y_BTD: jax.Array, *, key: jax.Array | None = None
