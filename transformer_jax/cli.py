@@ -141,7 +141,7 @@ class CompareOptions:
     """Runs of each experiment."""
     lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
     """Sequence lengths at which the speed of a training step is measured."""
-    tokens: int = 4096
+    tokens: int = 2048
     """Tokens a side of a batch in that measurement."""
     out: str = ""
     """Folder for the runs and the report; by default runs/compare_PLAN."""

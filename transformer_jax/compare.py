@@ -53,7 +53,7 @@ class Contestant:
 
 
 def compare(
-    experiments: Sequence[Experiment], seeds: int, out: Path, lengths: Sequence[int], tokens: int = 4096
+    experiments: Sequence[Experiment], seeds: int, out: Path, lengths: Sequence[int], tokens: int = 2048
 ) -> list[Path]:
     """Train, score and draw. Data, decoding and schedule are those of each experiment; the data must be the same.
 
