@@ -197,15 +197,15 @@ def luong_wmt14_en_de() -> Experiment:
 
 def attention_en_ko() -> list[Experiment]:
     """What attention is worth: LSTM, Bahdanau, Luong, Transformer on sentences of 2 to 24 words."""
-    steps = 400
+    steps = 600
     data = replace(HELP_EN_KO, max_words=24, max_length=64, bucket_lengths=(16, 24, 32, 48, 64))
     contestants = [lstm_demo_en_ko(), bahdanau_demo_en_ko(), luong_demo_en_ko(), transformer_demo_en_ko()]
     return [
         replace(
             experiment,
             data=data,
-            optim=replace(experiment.optim, schedule=replace(experiment.optim.schedule, warmup=80, steps=steps)),
-            train=replace(experiment.train, steps=steps, eval_every=80, save_every=400),
+            optim=replace(experiment.optim, schedule=replace(experiment.optim.schedule, warmup=100, steps=steps)),
+            train=replace(experiment.train, steps=steps, eval_every=100, save_every=300),
             decode=replace(experiment.decode, beam=1),
         )
         for experiment in contestants
