@@ -20,7 +20,7 @@ def provenance() -> dict[str, Any]:
     """Return what a reader needs to make the number again, JSON-able."""
     devices = jax.devices()
     return {
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": _commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
