@@ -13,10 +13,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from transformer_jax.cli import VERBS, EvaluateOptions, ListOptions, ShowOptions, TrainOptions, TranslateOptions, parse
+from transformer_jax.cli import (
+    VERBS,
+    BenchOptions,
+    CompareOptions,
+    EvaluateOptions,
+    ListOptions,
+    ShowOptions,
+    TrainOptions,
+    TranslateOptions,
+    parse,
+)
 from transformer_jax.config import ComputeConfig, Experiment
 from transformer_jax.nn.module import Skeleton
-from transformer_jax.recipes import find_recipe, recipes
+from transformer_jax.recipes import find_experiments, recipes
 
 ROOT = Path(__file__).parent.parent
 READMES = (ROOT / "README.md", ROOT / "docs" / "README.ko.md")
@@ -56,9 +66,11 @@ def parses(words: list[str]) -> bool:
         return bool(parse(ListOptions, ListOptions(), rest, "tjax"))
     target, options = rest[0], [word for word in rest[1:] if word not in ("--help", "...")]
     name = Path(target).name if target.startswith("runs/") else target
-    experiment = find_recipe(name if not target.startswith("runs/") or name in recipes() else DEMO)
+    experiment, *_ = find_experiments(name if not target.startswith("runs/") or name in recipes() else DEMO)
     default = {
         "show": ShowOptions(experiment),
+        "bench": BenchOptions(experiment),
+        "compare": CompareOptions(experiment.data, experiment.train),
         "train": TrainOptions(experiment),
         "evaluate": EvaluateOptions(experiment.decode),
         "translate": TranslateOptions(experiment.decode),
