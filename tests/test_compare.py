@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 
 from tests.tiny import tiny, write_pairs
-from transformer_jax import compare as comparison
 from transformer_jax import verbs
-from transformer_jax.compare import compare, with_settings
+from transformer_jax.compare import _by_length, compare, with_settings
 from transformer_jax.errors import UserError
 from transformer_jax.models.rnn_seq2seq import RNNSeq2SeqConfig
 
@@ -81,6 +80,6 @@ def test_settings_reach_every_experiment_and_its_schedule():
 
 def test_classes_of_length_hold_every_sentence_once():
     test = [(" ".join(["w"] * n), "r") for n in (1, 1, 2, 3, 5, 8, 13, 13, 21)]
-    classes = comparison._by_length([], test, "de")
+    classes = _by_length([], test, "de")
     assert sum(classes["sentences"]) == len(test)
     assert classes["words"] == sorted(classes["words"])

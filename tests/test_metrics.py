@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -141,3 +142,12 @@ def test_no_test_sources() -> None:
 def test_no_training_words(pairs: list[tuple[str, str]]) -> None:
     with pytest.raises(UserError, match="No training source"):
         nearest_neighbour(pairs, ["a"])
+
+
+def test_interval_of_a_model_that_is_right_once():
+    """Some resamples miss the one sentence that is right and score exactly 0."""
+    references = [f"the {n} cat sat on the {n} mat today" for n in "abcdefgh"]
+    result = bleu([references[0], *["dog"] * 7], references, "en", resamples=100)
+    low, high = result["bleu_interval"]
+    assert low <= result["bleu"] <= high
+    assert json.dumps(result)

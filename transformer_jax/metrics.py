@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU
@@ -23,6 +23,25 @@ if TYPE_CHECKING:
 # Han and kana are written without spaces, so there each character is a word.
 _WORD = r"[\u3040-\u30ff\u4e00-\u9fff]|[^\W\u3040-\u30ff\u4e00-\u9fff]+"
 _TRAIN_CHUNK, _TEST_CHUNK = 100_000, 128  # similarities held at once: at most 150 MB
+
+
+class _PlainFloats:
+    """Scores as plain floats.
+
+    sacreBLEU's bootstrap averages by `statistics.mean`, which fails where some resamples score 0.0 and others an
+    np.float32: those of a model that has learned little.
+    """
+
+    def _compute_score_from_stats(self, stats: Any) -> Any:
+        score = super()._compute_score_from_stats(stats)  # type: ignore[misc]
+        score.score = float(score.score)
+        return score
+
+
+class _Bleu(_PlainFloats, BLEU): ...
+
+
+class _Chrf(_PlainFloats, CHRF): ...
 
 
 def default_tokenizer(target_language: str) -> str:
@@ -70,7 +89,7 @@ def bleu(
     if name not in BLEU.TOKENIZERS:
         raise UserError(f"sacreBLEU has no tokenizer '{name}'.{closest(name, BLEU.TOKENIZERS)}")
     try:
-        metrics = {"bleu": BLEU(tokenize=name), "chrf": CHRF()}
+        metrics: dict[str, Any] = {"bleu": _Bleu(tokenize=name), "chrf": _Chrf()}
     except (ImportError, RuntimeError) as error:
         extra = name.removesuffix("-mecab")
         raise UserError(f"Tokenizer '{name}' is not installed: pip install 'sacrebleu[{extra}]' ({error}).") from error
@@ -82,7 +101,7 @@ def bleu(
         result[key] = score.score
         result[f"{key}_signature"] = str(metric.get_signature())
         if resamples:
-            result[f"{key}_interval"] = [float(score._mean - score._ci), float(score._mean + score._ci)]
+            result[f"{key}_interval"] = [score._mean - score._ci, score._mean + score._ci]
     return result
 
 

@@ -86,7 +86,7 @@ def test_a_dataset_of_tfds_is_read() -> None:
 def test_what_is_not_prepared_says_at_once_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
-        match=r"pip install 'transformer_jax\[prepare\]', then tfds build wmt14_translate/de-en "
+        match=r"pip install tensorflow-cpu h5py, then tfds build wmt14_translate/de-en "
         r"--file_format=array_record --data_dir=",
     ):
         open_splits("wmt14_translate/de-en", "de", "en", DEFAULT, str(tmp_path))
