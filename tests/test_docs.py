@@ -186,8 +186,10 @@ def test_the_examples_of_contributing_work_together(examples):
 
 
 def test_the_python_of_the_readme_imports(load):
-    for language, content in blocks(READMES[0]):
-        if language == "python":
-            compile(content, "README.md", "exec")
-            imports = [line for line in content.splitlines() if re.match(r"(import|from) ", line)]
-            load("\n".join(imports), "readme_imports")
+    programs = [content for language, content in blocks(READMES[0]) if language == "python"]
+    assert programs
+    for content in programs:
+        compile(content, "README.md", "exec")
+        imports = [line for line in content.splitlines() if re.match(r"(import|from) ", line)]
+        assert imports
+        load("\n".join(imports), "readme_imports")

@@ -10,6 +10,7 @@ the attention of Luong 2015 without input feeding.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -166,15 +167,15 @@ class Decoder(nnx.Module):
         read = width if config.attention == "additive" or config.feed_context else config.memory_width
         self.bridge = None if matches else Linear(bridge, {"D": read}, {"Z": layers * cell.parts, "F": width})
 
+    @abc.abstractmethod
     def begin(self, memory: Memory) -> tuple[Any, Any]:
         """Return the state before the first token, and what every step reads and none changes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def __call__(
         self, state: Any, memory: Any, y_BTD: jax.Array, *, key: jax.Array | None = None
     ) -> tuple[Decoded, Any]:
         """Read T embedded tokens, from any state on."""
-        raise NotImplementedError
 
     def first_states(self, final: list[State], h_BD: jax.Array) -> list[State]:
         """Take over the encoder's states where the layers match; else tanh(W h) for each (Bahdanau 2015, A.2.2)."""
@@ -316,7 +317,12 @@ class LuongDecoder(Decoder):
         return self.one_by_one(read, state, gates_BTZF, key)
 
 
-DECODERS = {"none": ContextDecoder, "additive": BahdanauDecoder, "dot": LuongDecoder, "general": LuongDecoder}
+DECODERS: dict[str, Callable[..., Decoder]] = {
+    "none": ContextDecoder,
+    "additive": BahdanauDecoder,
+    "dot": LuongDecoder,
+    "general": LuongDecoder,
+}
 
 
 class RNNSeq2Seq(nnx.Module):

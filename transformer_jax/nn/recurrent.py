@@ -9,6 +9,7 @@ axis of the mesh and F over its tensor axis, so that every device holds whole ga
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -40,9 +41,9 @@ class Cell(nnx.Module):
         self.recurrent = Linear(recurrent, {"D": width}, gates, bias=recurrent_bias)
         self.width = width
 
+    @abc.abstractmethod
     def __call__(self, state: State, gates_BZF: jax.Array) -> State:
         """Take one step."""
-        raise NotImplementedError
 
     def zeros(self, rows: int) -> State:
         """Return the state before the first step."""
