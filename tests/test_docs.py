@@ -13,20 +13,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from transformer_jax.cli import (
-    VERBS,
-    BenchOptions,
-    CompareOptions,
-    EvaluateOptions,
-    ListOptions,
-    ShowOptions,
-    TrainOptions,
-    TranslateOptions,
-    parse,
-)
+from transformer_jax.cli import VERBS, benchmarks, training, translation
+from transformer_jax.cli.verb import parse
 from transformer_jax.config import ComputeConfig, Experiment
 from transformer_jax.nn.module import Skeleton
-from transformer_jax.recipes import find_experiments, recipes
+from transformer_jax.recipes import find_recipe, recipes
 
 ROOT = Path(__file__).parent.parent
 READMES = (ROOT / "README.md", ROOT / "docs" / "README.ko.md")
@@ -58,29 +49,32 @@ def commands(path: Path) -> Iterator[list[str]]:
 
 def parses(words: list[str]) -> bool:
     """Parse `tjax VERB ...` as the command line does; nothing is run."""
-    verb, rest = words[0], words[1:]
-    assert verb in VERBS
+    name, rest = words[0], words[1:]
+    assert name in VERBS
+    verb = VERBS[name]
     if not rest or rest[0].isupper() or "mine.py:" in rest[0]:
         return True  # RECIPE, RUN, and the reader's own
-    if verb == "list":
-        return bool(parse(ListOptions, ListOptions(), rest, "tjax"))
-    target, options = rest[0], [word for word in rest[1:] if word not in ("--help", "...")]
-    name = Path(target).name if target.startswith("runs/") else target
-    experiment, *_ = find_experiments(name if not target.startswith("runs/") or name in recipes() else DEMO)
-    default = {
-        "show": ShowOptions(experiment),
-        "bench": BenchOptions(experiment),
-        "compare": CompareOptions(experiment.data, experiment.train),
-        "train": TrainOptions(experiment),
-        "evaluate": EvaluateOptions(experiment.decode),
-        "translate": TranslateOptions(experiment.decode),
-    }.get(verb)
-    if default is None:
-        return True
-    parsed = parse(type(default), default, options, "tjax")
-    if isinstance(parsed, ShowOptions | TrainOptions):
+    options = [word for word in rest if word not in ("--help", "...")]
+    target = options.pop(0) if verb.target else ""
+    default = verb.default(target)
+    parsed = parse(verb.options, default, options, "tjax")
+    if isinstance(getattr(parsed, "experiment", None), Experiment):
         parsed.experiment.check()
     return True
+
+
+@pytest.fixture(autouse=True)
+def _runs_of_the_reader(monkeypatch):
+    """Take a run folder that a document names for one of the recipe of its name, or of the demo."""
+
+    def experiment(target: str) -> Experiment:
+        name = Path(target).name if target.startswith("runs/") else target
+        return find_recipe(name if name in recipes() or not target.startswith("runs/") else DEMO)
+
+    for module in (training, translation, benchmarks):
+        for reader in ("experiment_of", "experiment_of_run"):
+            if hasattr(module, reader):
+                monkeypatch.setattr(module, reader, experiment)
 
 
 @document

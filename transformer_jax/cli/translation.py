@@ -1,0 +1,216 @@
+"""evaluate, translate, attention, compare: what a trained translator is worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.table import Table
+
+from transformer_jax import verbs
+from transformer_jax.attention_page import Heads
+from transformer_jax.cli.verb import Verb, experiment_of_run, lines_of, out
+from transformer_jax.compare import compare, with_settings
+from transformer_jax.config import DecodeConfig, TrainConfig
+from transformer_jax.data.translation import ParallelText
+from transformer_jax.errors import UserError
+from transformer_jax.evaluate import parallel_text
+from transformer_jax.logs import print_json, say
+from transformer_jax.recipes import find_experiments
+from transformer_jax.translate import Translation, Translator
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Score a run on its held-out test split, or on another test set, with BLEU and chrF beside two floors."""
+
+    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")]
+    test: str = ""
+    """Another test set: files (pairs.tsv, pairs.jsonl, a.de,a.en) or a TFDS dataset."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class TranslateOptions:
+    """Translate with a trained run: a sentence, a file with one sentence a line, or standard input."""
+
+    decode: Annotated[DecodeConfig, tyro.conf.arg(name="")]
+    text: Annotated[str, tyro.conf.Positional] = ""
+    """The sentence; without it, sentences are read from --file or standard input, one a line."""
+    file: str = ""
+    """Text file with one sentence a line."""
+    attention_map: str = ""
+    """PNG to draw: where each word of the (first) translation looks in the source."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Draw what a trained run looks at: one PNG for each kind of attention, and a page to explore all of it."""
+
+    text: Annotated[str, tyro.conf.Positional] = ""
+    """The sentence to read."""
+    target: str = ""
+    """The text to write, instead of the model's own translation."""
+    kind: tuple[str, ...] = ()
+    """Of attention, to draw as PNG: cross, encoder, decoder; by default all that the model has."""
+    layer: tuple[int, ...] = ()
+    """Layers to draw as PNG, numbered from 1; by default all."""
+    head: Heads = "mean"
+    """Heads to draw as PNG: their mean, all of them, or numbers from 1."""
+    out: str = ""
+    """Folder for the files; by default RUN/attention."""
+    json: bool = False
+    """Print one JSON object: tokens, layers and heads of each kind, and the files."""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Train several experiments on the same text with several seeds, and report what differs, with pictures.
+
+    Typed again, it continues where it was interrupted.
+    """
+
+    data: ParallelText
+    train: TrainConfig
+    seeds: int = 2
+    """Runs of each experiment."""
+    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    """Sequence lengths at which the speed of a training step is measured."""
+    tokens: int = 2048
+    """Tokens a side of a batch in that measurement."""
+    out: str = ""
+    """Folder for the runs and the report; by default runs/compare_PLAN."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def _evaluate(run: str, options: EvaluateOptions) -> int:
+    result = verbs.evaluate(run, options.test, options.decode)
+    if options.json:
+        print_json(result.report)
+        return 0
+    console = out()
+    scores = result.report["scores"]
+    count = scores["model"]["sentences"]
+    table = Table(
+        f"{count} held-out sentences", title=f"{run}, test: {result.report['test']}", box=None, pad_edge=False
+    )
+    for column in ("BLEU", "95 %", "chrF", "95 % "):
+        table.add_column(column, justify="right")
+    for name, values in scores.items():
+        cells = [f"{values['bleu']:.1f}", _interval(values["bleu_interval"])]
+        cells += [f"{values['chrf']:.1f}", _interval(values["chrf_interval"])]
+        table.add_row(name.replace("_", " "), *cells, style="bold" if name == "model" else "")
+    console.print(table)
+    for metric in ("bleu", "chrf"):
+        console.print(f"{metric}: {scores['model'][f'{metric}_signature']}", markup=False)
+    for i in result.samples:
+        output = result.scored.translations[i]
+        console.print(f"\n  source     {output.source}", markup=False)
+        console.print(f"  reference  {result.scored.references[i]}", markup=False)
+        console.print(f"  model      {output.text}", markup=False)
+    say(f"\nwritten: {', '.join(map(str, result.files))}")
+    return 0
+
+
+def _translate(run: str, options: TranslateOptions) -> int:
+    if options.text and options.file:
+        raise UserError("give a sentence or --file, not both.")
+    if options.attention_map and not Path(options.attention_map).absolute().parent.is_dir():
+        raise UserError(f"--attention-map {options.attention_map}: there is no such folder.")
+    sentences = [options.text] if options.text else lines_of(options.file)
+    translator = Translator.open(Path(run), options.decode.average)
+    decode = options.decode
+    if not options.text and not options.file and sys.stdin.isatty():
+        decode = dataclasses.replace(decode, batch=1)  # a person is typing: answer every line
+    outputs: list[Translation] = []
+    for output in translator.translate(sentences, decode):
+        if not outputs and options.attention_map:
+            verbs.draw_attention(translator, output.source, output.text, Path(options.attention_map))
+        outputs.append(output)
+        if not options.json:
+            sys.stdout.write(output.text + "\n")
+            sys.stdout.flush()
+    if options.json:
+        print_json({"run": run, "translations": [dataclasses.asdict(output) for output in outputs]})
+    if options.attention_map and outputs:
+        say(f"written: {options.attention_map}")
+    return 0
+
+
+def _attention(run: str, options: AttentionOptions) -> int:
+    choice: dict[str, Any] = {"kinds": options.kind, "layers": options.layer, "heads": options.head}
+    drawn = verbs.attention(run, options.text, options.target, options.out or None, **choice)
+    if options.json:
+        maps = [
+            {"kind": m.kind, "layers": len(m.weights_LNTS), "heads": m.weights_LNTS.shape[1]}
+            | {"rows": m.rows, "columns": m.columns}
+            for m in drawn.maps
+        ]
+        files = [str(file) for file in drawn.files]
+        print_json({"run": run, "source": drawn.source, "target": drawn.target, "maps": maps, "files": files})
+        return 0
+    sys.stdout.write(f"{drawn.target}\n")
+    say(f"written: {', '.join(map(str, drawn.files))}")
+    return 0
+
+
+def _compare_default(plan: str) -> CompareOptions:
+    first = find_experiments(plan)[0]
+    return CompareOptions(parallel_text(first), first.train)
+
+
+def _compare(plan: str, options: CompareOptions) -> int:
+    if options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {options.seeds}.")
+    experiments = [with_settings(e, options.data, options.train) for e in find_experiments(plan)]
+    out = Path(options.out or Path("runs") / f"compare_{plan.rsplit(':', maxsplit=1)[-1]}")
+    files = compare(experiments, options.seeds, out, options.lengths, options.tokens)
+    if options.json:
+        print_json(json.loads(files[-1].read_text(encoding="utf-8")))
+    say(f"written: {', '.join(map(str, files))}")
+    return 0
+
+
+def _interval(bounds: list[float]) -> str:
+    return f"{bounds[0]:.1f} to {bounds[1]:.1f}"
+
+
+VERBS = {
+    "evaluate": Verb(
+        "RUN",
+        "score a trained run on held-out text",
+        EvaluateOptions,
+        lambda run: EvaluateOptions(experiment_of_run(run).decode),
+        _evaluate,
+    ),
+    "translate": Verb(
+        "RUN",
+        "translate an argument, a file, or standard input",
+        TranslateOptions,
+        lambda run: TranslateOptions(experiment_of_run(run).decode),
+        _translate,
+    ),
+    "attention": Verb(
+        "RUN",
+        "draw what each token looks at: PNGs, and a page to explore",
+        AttentionOptions,
+        lambda _: AttentionOptions(),
+        _attention,
+    ),
+    "compare": Verb(
+        "PLAN",
+        "train several on the same text; report quality, speed, pictures",
+        CompareOptions,
+        _compare_default,
+        _compare,
+    ),
+}
