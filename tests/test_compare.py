@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from tests.tiny import tiny, write_pairs
-from transformer_jax import verbs
+from transformer_jax import loop, verbs
 from transformer_jax.compare import _by_length, compare, with_settings
-from transformer_jax.errors import UserError
+from transformer_jax.errors import Interrupted, UserError
 from transformer_jax.models.rnn_seq2seq import RNNSeq2SeqConfig
 
 RNN = RNNSeq2SeqConfig(vocab_size=306, width=20, embedding=20, encoder_layers=1, decoder_layers=1)
@@ -67,15 +67,28 @@ def test_different_data_is_no_comparison(tmp_path):
         compare([one, other], 1, tmp_path, lengths=(8,))
 
 
+def test_a_signal_ends_the_comparison(tmp_path, monkeypatch):
+    begun = []
+
+    def stopped(experiment, run):
+        begun.append(experiment.name)
+        return loop.Outcome(run, 0, 1, "SIGTERM", None, 0.0), None
+
+    monkeypatch.setattr(loop, "run_training", stopped)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        compare(contestants(write_pairs(tmp_path / "pairs.tsv")), 2, tmp_path / "out", lengths=(8,))
+    assert begun == ["lstm"]
+
+
 def test_settings_reach_every_experiment_and_its_schedule():
     one = tiny()
     one = replace(one, optim=replace(one.optim, schedule=replace(one.optim.schedule, steps=one.train.steps)))
     data, train = replace(one.data, max_words=3), replace(one.train, steps=5)
-    changed = with_settings(one, data, train)
+    changed = with_settings(one, one, data, train)
     assert (changed.data, changed.train) == (data, train)
     assert changed.optim.schedule.steps == 5
     fixed = replace(one, optim=replace(one.optim, schedule=replace(one.optim.schedule, steps=99)))
-    assert with_settings(fixed, data, train).optim.schedule.steps == 99
+    assert with_settings(fixed, fixed, data, train).optim.schedule.steps == 99
 
 
 def test_classes_of_length_hold_every_sentence_once():

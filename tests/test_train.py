@@ -13,8 +13,9 @@ import pytest
 from tests.tiny import deterministic, tiny
 from transformer_jax.config import ComputeConfig, MeshConfig, OptimConfig, ScheduleConfig
 from transformer_jax.errors import UserError
+from transformer_jax.nn.module import Skeleton
 from transformer_jax.nn.stack import stack_layers
-from transformer_jax.objectives import smoothed_cross_entropy
+from transformer_jax.objectives import cross_entropy
 from transformer_jax.optim import optimizer, schedule
 from transformer_jax.train import Trainer
 
@@ -31,6 +32,7 @@ def batch():
         source[row, 1 + row % 11 :] = 0
         target[row, 1 + row % 7 :] = 0
     source[14:] = target[14:] = 0
+    target = np.pad(target, ((0, 0), (1, 0)), constant_values=1)
     return {"source": source.astype(np.int32), "target": target.astype(np.int32), "example": np.arange(16)}
 
 
@@ -121,7 +123,7 @@ def test_label_smoothing_equals_optax():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(3, 5, 17)), rng.integers(0, 17, (3, 5))
     for smoothing in (0.0, 0.1, 0.3):
-        ours = smoothed_cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing)
+        ours = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing)
         smooth = optax.smooth_labels(jax.nn.one_hot(labels, 17), smoothing)
         np.testing.assert_allclose(ours, optax.softmax_cross_entropy(logits, smooth), rtol=1e-5)
 
@@ -139,6 +141,8 @@ def test_schedules_at_their_corners():
     np.testing.assert_allclose([cosine(9), cosine(60), cosine(110)], [2.0, 1.1, 0.2], rtol=1e-5)
     wsd = schedule(ScheduleConfig("wsd", peak=2.0, warmup=10, steps=100, final=0.0, decay_fraction=0.2))
     np.testing.assert_allclose([wsd(4), wsd(50), wsd(80), wsd(90), wsd(100)], [1.0, 2.0, 2.0, 1.0, 0.0], atol=1e-5)
+    linear = schedule(ScheduleConfig("linear", peak=2.0, warmup=10, steps=110, final=0.1))
+    np.testing.assert_allclose([linear(9), linear(60), linear(110)], [2.0, 1.1, 0.2], rtol=1e-5)
     constant = schedule(ScheduleConfig("constant", peak=2.0, warmup=4))
     np.testing.assert_allclose([constant(0), constant(3), constant(1000)], [0.5, 2.0, 2.0])
 
@@ -146,11 +150,40 @@ def test_schedules_at_their_corners():
 def test_decay_touches_matrices_only():
     trainer = Trainer.of(replace(EXPERIMENT, mesh=ONE, compute=ComputeConfig(layers="scan")), jax.devices()[:1])
     params = jax.tree.map(jnp.ones_like, trainer.init().params)
-    config = OptimConfig(ScheduleConfig(peak=1.0, warmup=0), weight_decay=0.5)
+    config = OptimConfig(schedule=ScheduleConfig(peak=1.0, warmup=0), weight_decay=0.5)
     tx = optimizer(config, trainer.skeleton.letters)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     for update, letters in zip(jax.tree.leaves(updates), jax.tree.leaves(trainer.skeleton.letters), strict=True):
         assert np.all(update == (-0.5 if len(letters.removeprefix("L")) > 1 else 0.0)), letters
+
+
+@pytest.mark.parametrize("kind", ["adam", "lamb", "adafactor", "muon"])
+def test_every_optimizer_treats_stacked_layers_as_layers(kind):
+    """Norms, factors and orthogonal matrices are taken by layer, whether layers are stacked or not."""
+    model = replace(EXPERIMENT.model, width=132, feedforward=140, heads=6)
+    config = OptimConfig(kind=kind, schedule=ScheduleConfig(peak=1e-2, warmup=1), weight_decay=0.1, clip_norm=1.0)
+    start = Skeleton.of(model, ComputeConfig(layers="unrolled")).init(jax.random.key(0))
+    ends = []
+    for layers in ("unrolled", "scan"):
+        tx = optimizer(config, Skeleton.of(model, ComputeConfig(layers=layers)).letters)
+        params = start if layers == "unrolled" else stack_layers(start)
+        state = tx.init(params)
+        for i in range(2):
+            gradient = jax.tree.map(lambda x, i=i: jnp.sin(37 * x + i), params)
+            updates, state = jax.jit(tx.update)(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        ends.append(stack_layers(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *ends)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), ends[0], stack_layers(start))
+    assert min(jax.tree.leaves(moved)) > 1e-5
+
+
+@pytest.mark.parametrize("kind", ["lamb", "adafactor", "muon"])
+def test_every_optimizer_trains_on_a_mesh(batch, kind):
+    experiment = replace(EXPERIMENT, optim=replace(EXPERIMENT.optim, kind=kind))
+    single = steps(replace(experiment, mesh=ONE), batch, devices=jax.devices()[:1])
+    experiment = replace(experiment, mesh=MeshConfig(2, 2, 2), compute=ComputeConfig(layers="scan"))
+    assert_same(steps(experiment, batch), single)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ from transformer_jax import data, models, objectives
 from transformer_jax.compare import compare
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
+from transformer_jax.reading import Reader
 from transformer_jax.translate import Translator
 from transformer_jax.verbs import attention, evaluate, list_recipes, show, train, translate
 
 __all__ = [
     "Experiment",
+    "Reader",
     "Translator",
     "UserError",
     "attention",

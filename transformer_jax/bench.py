@@ -49,8 +49,7 @@ def bench_train(experiment: Experiment, rows: int, length: int, steps: int = 20)
     multiple = experiment.data.rows_multiple
     if min(rows, length, steps) < 1 or rows % multiple:
         raise UserError(f"--rows {rows} must be a multiple of data.rows_multiple={multiple}; --length, --steps from 1.")
-    ids = np.random.default_rng(0).integers(4, experiment.model.vocab_size, (rows, length), dtype=np.int32)
-    batch = trainer.put({"source": ids, "target": ids})
+    batch = trainer.put(random_pairs(experiment.model.vocab_size, rows, length))
     state, step = trainer.init(), trainer.train_step()
     start = time.perf_counter()
     state, _ = jax.block_until_ready(step(state, batch))
@@ -61,7 +60,7 @@ def bench_train(experiment: Experiment, rows: int, length: int, steps: int = 20)
         state, _ = jax.block_until_ready(step(state, batch))
 
     timing = measure(run, steps)
-    flops = 3 * rows * experiment.model.forward_flops(length, length)
+    flops = 3 * experiment.model.forward_flops({name: array.shape for name, array in batch.items()})
     peak = matmul_peak(experiment.compute.dtype) * trainer.mesh.size
     share = flops / timing.median / peak
     if share > 1:
@@ -85,6 +84,12 @@ def bench_train(experiment: Experiment, rows: int, length: int, steps: int = 20)
         "mesh": dict(trainer.mesh.shape),
         "provenance": provenance(),
     }
+
+
+def random_pairs(vocab_size: int, rows: int, length: int) -> dict[str, np.ndarray]:
+    """Make a batch of sentence pairs of `length` random tokens a side, without padding."""
+    ids = np.random.default_rng(0).integers(4, vocab_size, (rows, length + 1), dtype=np.int32)
+    return {"source": ids[:, 1:], "target": ids}
 
 
 def measure(run: Callable[[], object], samples: int) -> Timing:

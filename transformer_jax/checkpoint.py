@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ BROKEN = (ValueError, OSError, KeyError, TypeError)
 
 MAY_CHANGE = (
     "compute.",
+    "init.",
     "mesh.",
     "decode.",
     "published",
@@ -56,8 +57,11 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, run: Path, trainer: Trainer, tokenizer_json: str, log: Callable[[str], None]) -> None:
-        self.run, self.trainer, self.tokenizer_json, self.log = run, trainer, tokenizer_json, log
+    def __init__(
+        self, run: Path, trainer: Trainer, tokenizer_json: str, labels: Sequence[str], log: Callable[[str], None]
+    ) -> None:
+        self.run, self.trainer, self.log = run, trainer, log
+        self.tokenizer_json, self.labels = tokenizer_json, list(labels)
         self.manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -95,7 +99,8 @@ class Checkpoints:
                 f"none of the checkpoints {broken} in {_directory(self.run)} can be read; nothing was changed. "
                 "Name another --out to start anew."
             )
-        return Restored(self.trainer.init(), 0)
+        state = self.trainer.init()
+        return Restored(warm_start(self.trainer, state, self.log) if self.trainer.experiment.init.run else state, 0)
 
     def _restore(self, step: int, iterator: grain.DatasetIterator) -> TrainState:
         abstract, shardings = self.trainer.abstract_state(), self.trainer.shardings()
@@ -143,6 +148,7 @@ class Checkpoints:
         meta = {
             "experiment": self.trainer.experiment.to_json(),
             "tokenizer": self.tokenizer_json,
+            "labels": self.labels,
             "data": iterator.get_state(),
         }
         try:
@@ -216,6 +222,16 @@ def load_meta(run: Path) -> tuple[Experiment, str]:
     Raises:
         UserError: there is no checkpoint, or none can be read.
     """
+    experiment, tokenizer, _ = _newest_meta(run)
+    return experiment, tokenizer
+
+
+def load_labels(run: Path) -> list[str]:
+    """Read the names of the classes or tags that a run tells apart; empty if it tells none. Raises as `load_meta`."""
+    return _newest_meta(run)[2]
+
+
+def _newest_meta(run: Path) -> tuple[Experiment, str, list[str]]:
     steps = steps_of(run)
     if not steps:
         raise UserError(f"{run} holds no checkpoint; train first, or name the run folder that `tjax train` printed.")
@@ -223,10 +239,60 @@ def load_meta(run: Path) -> tuple[Experiment, str]:
         path = _directory(run) / str(step) / "meta" / "metadata"
         try:
             meta = json.loads(path.read_text(encoding="utf-8"))
-            return Experiment.from_json(meta["experiment"], where=str(path)), meta["tokenizer"]
+            return Experiment.from_json(meta["experiment"], where=str(path)), meta["tokenizer"], meta["labels"]
         except (OSError, ValueError, KeyError):
             continue
     raise UserError(f"none of the checkpoints {steps} in {_directory(run)} can be read.")
+
+
+def warm_start(trainer: Trainer, state: TrainState, log: Callable[[str], None]) -> TrainState:
+    """Take the parameters of a fresh state from the run that `experiment.init` names, as far as that has them.
+
+    Raises:
+        UserError: nothing matches, or a parameter has another shape there.
+    """
+    init = trainer.experiment.init
+    source = load_meta(Path(init.run))[0]
+    skeleton = Skeleton.of(source.model, trainer.skeleton.compute)
+    theirs, _ = load_params(Path(init.run), skeleton, trainer.mesh)
+    found = {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(theirs)}
+    fresh: list[str] = []
+
+    def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = _dotted(path)
+        wanted = (
+            [name]
+            if not init.rename
+            else [
+                ours.replace(to, origin, 1)
+                for origin, to in init.rename
+                if (ours := name) == to or name.startswith(f"{to}.")
+            ]
+        )
+        match = next((found[candidate] for candidate in wanted if candidate in found), None)
+        if match is None:
+            fresh.append(name)
+            return leaf
+        if match.shape != leaf.shape:
+            raise UserError(
+                f"init.run {init.run}: parameter {name} has the shape {match.shape} there and {leaf.shape} here; "
+                "give the model the same sizes and the same vocabulary."
+            )
+        # A copy: one part may start several, and the step gives every buffer of its state away.
+        return match.copy()
+
+    params = jax.tree_util.tree_map_with_path(one, state.params)
+    total = len(jax.tree.leaves(params))
+    if len(fresh) == total:
+        raise UserError(f"init.run {init.run}: none of its parameters belongs to this model; see init.rename.")
+    parts = sorted({".".join(part for part in name.split(".")[:-1] if not part.isdecimal()) for name in fresh})
+    drawn = f"; drawn anew: {', '.join(parts)}" if parts else ""
+    log(f"initialised {total - len(fresh)} of {total} parameter arrays from {init.run}{drawn}")
+    return replace(state, params=params)
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def load_params(run: Path, skeleton: Skeleton, mesh: jax.sharding.Mesh, average: int = 1) -> tuple[Params, list[int]]:
@@ -245,10 +311,11 @@ def load_params(run: Path, skeleton: Skeleton, mesh: jax.sharding.Mesh, average:
         stack_layers(shardings, _stack_shardings),
     )
     total, used, reasons = None, [], []
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.Checkpointer(_frugal(target)) as checkpointer:
         for step in reversed(steps_of(run)):
             try:
-                params = checkpointer.restore(_directory(run) / str(step) / "params", target)
+                path = _directory(run) / str(step) / "params"
+                params = checkpointer.restore(path, args=ocp.args.StandardRestore(target))
             except BROKEN as error:
                 reasons.append(f"{step}: {' '.join(str(error).split())[:120]}")
                 continue
@@ -261,8 +328,23 @@ def load_params(run: Path, skeleton: Skeleton, mesh: jax.sharding.Mesh, average:
             f"{run} has {len(used)} readable checkpoint(s), decode.average={average} wants {average}"
             + (f" (unreadable: {'; '.join(reasons)})." if reasons else ".")
         )
-    mean = jax.tree.map(lambda x: x / average, total)
+    mean = total if average == 1 else jax.tree.map(lambda x: x / average, total)
+    if jax.tree.structure(mean) == jax.tree.structure(skeleton.abstract):  # type: ignore[operator]
+        return mean, used  # the layers stay stacked: no copy
     return jax.jit(lambda tree: unstack_layers(tree, skeleton.abstract), out_shardings=shardings)(mean), used
+
+
+def write_params(run: Path, params: Params, experiment: Experiment, tokenizer_json: str, labels: Sequence[str]) -> None:
+    """Make a run folder of stacked parameters that were not trained here: checkpoint 0, without optimizer and data."""
+    handlers = _handlers() | {"params": _frugal(params)}
+    meta = {"experiment": experiment.to_json(), "tokenizer": tokenizer_json, "labels": list(labels), "data": None}
+    items = ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
+    with ocp.CheckpointManager(_directory(run), item_handlers=handlers) as manager:
+        manager.save(0, args=items)
+        manager.wait_until_finished()
+    (run / "experiment.json").write_text(experiment.to_json() + "\n", encoding="utf-8")
+    if tokenizer_json:
+        (run / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
 
 
 def _directory(run: Path) -> Path:
@@ -279,6 +361,12 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
 
 def _stack_shardings(shardings: list[NamedSharding]) -> NamedSharding:
     return NamedSharding(shardings[0].mesh, PartitionSpec(None, *shardings[0].spec))
+
+
+def _frugal(params: Params) -> ocp.StandardCheckpointHandler:
+    """Read or write few arrays at a time, so that no second copy of a large model arises."""
+    most = 1 + max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) // 10**9
+    return ocp.StandardCheckpointHandler(save_concurrent_gb=most, restore_concurrent_gb=most)
 
 
 def _handlers() -> dict[str, ocp.CheckpointHandler]:

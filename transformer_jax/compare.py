@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from transformer_jax.config import Experiment, TrainConfig
-from transformer_jax.data.translation import ParallelText
+from transformer_jax.bench import random_pairs
+from transformer_jax.config import Config, DataConfig, Experiment, TrainConfig
 from transformer_jax.errors import UserError
 from transformer_jax.evaluate import parallel_text
 from transformer_jax.logs import read_metrics, say
-from transformer_jax.loop import run_training
+from transformer_jax.loop import train_to_the_end
 from transformer_jax.metrics import bleu, copy_source, nearest_neighbour
 from transformer_jax.nn.module import parameter_count
 from transformer_jax.plots import Curve, attention_grid, curves
@@ -68,7 +68,7 @@ def compare(
         The report as Markdown, as HTML, and its figures as JSON.
 
     Raises:
-        UserError: the experiments are trained on different data, or as `run_training`.
+        UserError: the experiments are trained on different data, or as `train_to_the_end`.
     """
     data = parallel_text(experiments[0])
     for other in experiments[1:]:
@@ -106,19 +106,28 @@ def compare(
     return [*write_report("Translation, side by side", sections, out), path]
 
 
-def with_settings(experiment: Experiment, data: ParallelText, train: TrainConfig) -> Experiment:
-    """Give an experiment other data and another length; a schedule as long as the run stays so."""
+def with_settings(experiment: Experiment, first: Experiment, data: DataConfig, train: TrainConfig) -> Experiment:
+    """Change in an experiment of a plan what was changed in the data and the length of its first.
+
+    A schedule as long as the run stays so.
+    """
+    data = replace(experiment.data, **_changed(first.data, data))
+    train = replace(experiment.train, **_changed(first.train, train))
     plan = experiment.optim.schedule
     if plan.steps == experiment.train.steps:
         plan = replace(plan, steps=train.steps)
     return replace(experiment, data=data, train=train, optim=replace(experiment.optim, schedule=plan))
 
 
+def _changed(old: Config, new: Config) -> dict[str, Any]:
+    return {name: value for name, value in vars(new).items() if getattr(old, name) != value}
+
+
 def _contest(experiment: Experiment, seeds: int, folder: Path, test: list[Pair]) -> Contestant:
     runs, hypotheses, parameters = [], [], 0
     for seed in range(seeds):
         run = folder / f"{experiment.name}-seed{seed}"
-        run_training(replace(experiment, train=replace(experiment.train, seed=seed)), run)
+        train_to_the_end(replace(experiment, train=replace(experiment.train, seed=seed)), run)
         translator = Translator.open(run)
         say(f"translating {len(test)} sentences with {run}")
         # In order of length, so that a batch is not padded to its one long sentence.
@@ -154,8 +163,7 @@ def _speed(experiment: Experiment, length: int, tokens: int) -> float:
     """Target tokens a second of the training step at one length, from the fastest of a few steps."""
     trainer = Trainer.of(experiment)
     rows = max(tokens // length // experiment.data.rows_multiple, 1) * experiment.data.rows_multiple
-    ids = np.random.default_rng(0).integers(4, experiment.model.vocab_size, (rows, length), dtype=np.int32)
-    batch = trainer.put({"source": ids, "target": ids})
+    batch = trainer.put(random_pairs(experiment.model.vocab_size, rows, length))
     state, step = trainer.init(), trainer.train_step()
     seconds = []
     for _ in range(WARM + TIMED):

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,8 +79,11 @@ class ModelConfig(Config):
         """Construct the Flax module; under `jax.eval_shape` no memory is taken."""
 
     @abc.abstractmethod
-    def forward_flops(self, source: int, target: int) -> int:
-        """FLOPs of the matrix products that read one source and write one target of these lengths."""
+    def forward_flops(self, batch: Mapping[str, tuple[int, ...]]) -> int:
+        """FLOPs of the matrix products of a forward pass over a batch of arrays of these shapes, by name.
+
+        Two a weight and position, and attention, halved where it is causal; no lookups, no norms, no recomputation.
+        """
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,16 @@ class ObjectiveConfig(Config):
     """What is minimised. Subclasses are frozen dataclasses in `objectives.py`."""
 
     @abc.abstractmethod
+    def weights(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Return what the sums are divided by, from the batch alone: "tokens" and others."""
+
+    @abc.abstractmethod
     def __call__(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> Sums:
-        """Return summed losses and the weight to divide them by; `key=None` means deterministic."""
+        """Return summed losses and metrics; `key=None` means deterministic."""
+
+    def derived(self, values: dict[str, float]) -> dict[str, float]:
+        """Add what follows from the means (perplexity from the loss), for the log."""
+        return values
 
 
 @dataclass(frozen=True)
@@ -105,21 +116,25 @@ class DataConfig(Config):
     def rows_multiple(self) -> int:
         """Every batch has a multiple of this many rows, so that a mesh can divide it."""
 
+    @abc.abstractmethod
+    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return shape and dtype of each array of the largest batch, over all hosts, without reading any data."""
+
 
 @dataclass(frozen=True)
 class ScheduleConfig(Config):
     """Learning rate as a function of the step."""
 
-    kind: Literal["inverse_sqrt", "cosine", "wsd", "constant"] = "constant"
-    """inverse_sqrt: Vaswani 2017, section 5.3; cosine: to `final` of the peak; wsd: warm-up, stable, linear decay."""
+    kind: Literal["inverse_sqrt", "cosine", "linear", "wsd", "constant"] = "constant"
+    """inverse_sqrt: Vaswani 2017, section 5.3; cosine, linear: to `final` of the peak; wsd: stable, then linear."""
     peak: float = 1e-3
     """Learning rate at the end of the warm-up."""
     warmup: int = 100
     """Steps of linear warm-up."""
     steps: int = 1000
-    """Steps after which cosine and wsd have decayed."""
+    """Steps after which cosine, linear and wsd have decayed."""
     final: float = 0.0
-    """Last learning rate as a share of the peak (cosine, wsd)."""
+    """Last learning rate as a share of the peak (cosine, linear, wsd)."""
     decay_fraction: float = 0.2
     """Share of the steps that wsd spends decaying."""
 
@@ -128,6 +143,8 @@ class ScheduleConfig(Config):
 class OptimConfig(Config):
     """The optax chain."""
 
+    kind: Literal["adam", "lamb", "adafactor", "muon"] = "adam"
+    """lamb (You 2020) for large batches; adafactor (Shazeer 2018) in little memory; muon (Jordan 2024) for matrices."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     b1: float = 0.9
     b2: float = 0.98
@@ -176,6 +193,19 @@ class TrainConfig(Config):
 
 
 @dataclass(frozen=True)
+class InitConfig(Config):
+    """Where a new run takes its first parameters from: another run, and with them its tokenizer."""
+
+    run: str = ""
+    """Run folder; empty draws all parameters anew."""
+    rename: tuple[tuple[str, str], ...] = ()
+    """Parts of that run and of this model that stand for each other: (("encoder", "decoder"),); empty: by name.
+
+    A part may appear several times. What this model has and the run has not is drawn anew, and said.
+    """
+
+
+@dataclass(frozen=True)
 class Published(Config):
     """What the paper reports, printed beside what we count and measure; never as ours."""
 
@@ -195,6 +225,7 @@ class Experiment(Config):
     data: DataConfig
     optim: OptimConfig
     train: TrainConfig
+    init: InitConfig = field(default_factory=InitConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -230,7 +261,7 @@ def _converter() -> cattrs.Converter:
         return {"type": type(node).__name__, **make_dict_unstructure_fn(type(node), converter)(node)}
 
     def untagged(value: dict[str, Any], base: type[Config]) -> Config:
-        kinds = {kind.__name__: kind for kind in base.__subclasses__()}
+        kinds = {kind.__name__: kind for kind in _descendants(base)}
         name = value.get("type", "")
         if name not in kinds:
             raise UserError(f"there is no {base.__name__} '{name}'.{closest(name, kinds)}")
@@ -241,6 +272,12 @@ def _converter() -> cattrs.Converter:
         converter.register_unstructure_hook(base, tagged)
         converter.register_structure_hook_func(functools.partial(operator.is_, base), untagged)
     return converter
+
+
+def _descendants(base: type[Config]) -> Iterator[type[Config]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _descendants(kind)
 
 
 def _reason(error: BaseException, kind: type | None) -> str:

@@ -20,3 +20,11 @@ def closest(name: str, options: Iterable[str]) -> str:
     """Say which of `options` was probably meant by `name`: ``" Did you mean 'width'?"``, or nothing."""
     matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """A signal has ended work that can be continued by the same command; what was done is saved."""
+
+    def __init__(self, signal: str) -> None:
+        super().__init__(signal)
+        self.signal = signal

@@ -24,11 +24,13 @@ import jax
 import numpy as np
 
 from transformer_jax.checkpoint import Checkpoints, Restored, check_same_run, load_meta, steps_of
-from transformer_jax.config import Experiment
+from transformer_jax.config import Experiment, flatten
+from transformer_jax.data.labelled_data import LabelledData
 from transformer_jax.data.loader import OpenData
-from transformer_jax.errors import UserError
+from transformer_jax.errors import Interrupted, UserError
 from transformer_jax.logs import Meter, MetricsLog, meter, read_metrics, say
-from transformer_jax.train import Batch, Trainer, means
+from transformer_jax.objectives import means
+from transformer_jax.train import Trainer
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,21 @@ def run_training(experiment: Experiment, run: Path) -> tuple[Outcome, OpenData]:
     if steps_of(run):
         stored, tokenizer_json = load_meta(run)
         check_same_run(stored, experiment, run)
+    elif experiment.init.run:
+        tokenizer_json = load_meta(Path(experiment.init.run))[1] or None  # an imported model may come without one
     data = experiment.data.open(experiment.model.vocab_size, tokenizer_json)
+    labels = _labels(experiment, data)
     iterator = data.train_iterator(experiment.train.seed, jax.process_index(), jax.process_count())
     say(trainer.describe())
-    say(_describe(data.summary()))
+    say(data.describe())
     plan = experiment.optim.schedule
-    if plan.kind in ("cosine", "wsd") and plan.steps != experiment.train.steps:
+    if plan.kind in ("cosine", "linear", "wsd") and plan.steps != experiment.train.steps:
         say(
             f"note: the learning rate decays over optim.schedule.steps={plan.steps}, but the run has "
             f"train.steps={experiment.train.steps}; give both to change both"
         )
     run.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(run, trainer, data.tokenizer.to_json(), say)
+    checkpoints = Checkpoints(run, trainer, data.tokenizer.to_json(), labels, say)
     restored = checkpoints.restore_or_init(iterator)
     if restored.step:
         say(f"restored step {restored.step} of {experiment.train.steps} from {run}")
@@ -94,11 +99,22 @@ def run_training(experiment: Experiment, run: Path) -> tuple[Outcome, OpenData]:
     return outcome, data
 
 
-def _describe(summary: dict[str, Any]) -> str:
-    pairs = ", ".join(f"{count:,} {split}" for split, count in summary["pairs"].items())
-    dropped = {reason: n for reason, n in summary["dropped"]["train"].items() if n}
-    left_out = f"; left out of training: {dropped}" if dropped else ""
-    return f"data: {pairs} pairs, vocabulary {summary['vocabulary']:,}{left_out}"
+def _labels(experiment: Experiment, data: OpenData) -> list[str]:
+    """Return the names of what the data tells apart, for which the model must have outputs."""
+    if not isinstance(data, LabelledData):
+        return []
+    outputs, wanted = dict(flatten(experiment)).get("model.labels"), len(data.labels) or 1
+    if outputs != wanted:
+        told = f"{wanted} labels ({', '.join(data.labels[:8])})" if data.labels else "numbers"
+        raise UserError(f"the data has {told}, but model.labels={outputs}: set model.labels={wanted}.")
+    return data.labels
+
+
+def train_to_the_end(experiment: Experiment, run: Path) -> None:
+    """Train one of several: raises `Interrupted` where a signal ended it, so that the others are not begun."""
+    outcome, _ = run_training(experiment, run)
+    if outcome.stopped_by:
+        raise Interrupted(outcome.stopped_by)
 
 
 class _Session:
@@ -153,6 +169,7 @@ class _Session:
         step, metrics, examples = self.pending
         self.pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = self.trainer.experiment.objective.derived(values)
         if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
             ids = [int(i) for i in examples if i >= 0]
             raise UserError(
@@ -181,8 +198,9 @@ class _Session:
 def evaluate_loss(trainer: Trainer, eval_step: Any, params: Any, batches: Any) -> dict[str, float]:
     """Return the objective's sums over all batches, divided by their weight."""
     parts = [eval_step(params, trainer.put(batch)) for batch in batches]
-    total: Batch = jax.tree.map(lambda *xs: sum(np.asarray(x, np.float64) for x in xs), *jax.device_get(parts))
-    return {name: float(value) for name, value in means(total).items()}
+    sums, weights = jax.tree.map(lambda *xs: sum(np.asarray(x, np.float64) for x in xs), *jax.device_get(parts))
+    values = {name: float(value) for name, value in means(sums, weights).items()}
+    return trainer.experiment.objective.derived(values) | {"tokens": float(weights["tokens"])}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import optax
+from optax import contrib
 
 from transformer_jax.config import OptimConfig, ScheduleConfig
 from transformer_jax.nn.module import Params
@@ -23,6 +24,8 @@ def schedule(config: ScheduleConfig) -> optax.Schedule:
             return warm(lambda n: peak * (warmup / (n + 1 + warmup)) ** 0.5)
         case "cosine":
             return warm(optax.cosine_decay_schedule(peak, steps - warmup, config.final))
+        case "linear":
+            return warm(optax.linear_schedule(peak, peak * config.final, steps - warmup))
         case "wsd":
             decay = max(int(steps * config.decay_fraction), 1)
             stable = max(steps - warmup - decay, 0)
@@ -33,17 +36,62 @@ def schedule(config: ScheduleConfig) -> optax.Schedule:
 
 
 def optimizer(config: OptimConfig, letters: Params) -> optax.GradientTransformation:
-    """Clip, Adam (Kingma and Ba 2015), decoupled decay (Loshchilov and Hutter 2019), schedule; in that order."""
+    """Clip, scale, decay (decoupled: Loshchilov and Hutter 2019), schedule; in that order."""
+    decays = jax.tree.map(lambda names: len(names.removeprefix("L")) > 1, letters)  # no vectors, stacked or not
+    rate = schedule(config.schedule)
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    decay = [optax.add_decayed_weights(config.weight_decay, mask=decays)] if config.weight_decay else []
+    step = optax.scale_by_learning_rate(rate)
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    match config.kind:
+        case "adam":
+            return optax.chain(*clip, adam, *decay, step)
+        case "lamb":
+            return optax.chain(*clip, adam, *decay, _by_layer(optax.scale_by_trust_ratio(), letters), step)
+        case "adafactor":
+            size = _by_layer(optax.scale_by_param_block_rms(), letters)
+            bound = _by_layer(optax.clip_by_block_rms(1.0), letters)
+            return optax.chain(*clip, optax.scale_by_factored_rms(), bound, size, *decay, step)
+        case "muon":
+            # Rescaled to the size of Adam's updates, so that both parts share a learning rate (Liu 2025, section 2.2).
+            muon = contrib.muon(
+                rate,
+                weight_decay=config.weight_decay,
+                weight_decay_mask=decays,
+                adam_b1=config.b1,
+                adam_b2=config.b2,
+                adam_weight_decay=0.0,
+                muon_weight_dimension_numbers=jax.tree.map(_matrix, letters),
+                consistent_rms=0.2,
+            )
+            return optax.chain(*clip, muon)
 
-    def decays(names: str) -> bool:
-        # Vectors (biases, norms) are not decayed, stacked or not.
-        return len(names.removeprefix("L")) > 1
 
-    chain = []
-    if config.clip_norm:
-        chain.append(optax.clip_by_global_norm(config.clip_norm))
-    chain.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
-    if config.weight_decay:
-        chain.append(optax.add_decayed_weights(config.weight_decay, mask=jax.tree.map(decays, letters)))
-    chain.append(optax.scale_by_learning_rate(schedule(config.schedule)))
-    return optax.chain(*chain)
+_MATRICES = {"DNH": 1, "DKH": 1, "NHD": 2, "DF": 1, "FD": 1}
+"""Layouts of the hidden matrices, with the number of axes that are contracted; the others are what comes out."""
+
+
+def _matrix(names: str) -> contrib.MuonDimensionNumbers | None:
+    """Say which axes of a parameter make a matrix, by layer; None (embeddings, heads, vectors) is left to Adam."""
+    stacked = names.startswith("L")
+    inner = names.removeprefix("L")
+    if inner not in _MATRICES:
+        return None
+    axes = tuple(range(stacked, len(names)))
+    contracted = _MATRICES[inner]
+    return contrib.MuonDimensionNumbers(axes[:contracted], axes[contracted:])
+
+
+def _by_layer(inner: optax.GradientTransformation, letters: Params) -> optax.GradientTransformation:
+    """Apply a transformation without state to each layer of a stacked parameter by itself."""
+
+    def one(names: str, update: jax.Array, param: jax.Array) -> jax.Array:
+        def apply(update: jax.Array, param: jax.Array) -> jax.Array:
+            return inner.update(update, inner.init(param), param)[0]
+
+        return (jax.vmap(apply) if names.startswith("L") else apply)(update, param)
+
+    def update(updates: Params, state: optax.OptState, params: Params | None) -> tuple[Params, optax.OptState]:
+        return jax.tree.map(one, letters, updates, params), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)

@@ -35,11 +35,12 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree, "+changes" if it differs from it; None outside a git checkout."""
+    """Commit of the source tree, "+changes" if it differs from it; what launched it says so outside a checkout."""
     source = Path(__file__).parent
     try:
         args = ["git", "-C", str(source), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
         done = subprocess.run(args, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # git is not installed
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+        return os.environ.get("TJAX_COMMIT")
+    found = done.stdout.strip() if done.returncode == 0 else ""
+    return found or os.environ.get("TJAX_COMMIT")

@@ -29,6 +29,7 @@ PARAMETER_AXES: dict[str, str | None] = {
     "F": "tensor",
     "D": "fsdp",
     "H": None,
+    "T": None,
     "Z": None,
     "L": None,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,12 +16,14 @@ from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
 from transformer_jax.kernels.attention import chosen
 from transformer_jax.nn.module import Params, Skeleton, parameter_count
-from transformer_jax.objectives import Sums
+from transformer_jax.objectives import Sums, Weights, means
 from transformer_jax.optim import optimizer, schedule
 from transformer_jax.sharding import batch_sharding, batch_shards, make_mesh, parameter_shardings, replicated
 
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
+BatchShapes = Mapping[str, tuple[tuple[int, ...], str]]
+"""Shape and dtype of each array of a batch, by name."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "key"], meta_fields=[])
@@ -92,14 +95,15 @@ class Trainer:
         return jax.eval_shape(self._init)
 
     def shardings(self) -> TrainState:
-        """Layout of the state: optimizer moments lie like their parameters, counters on every device."""
+        """Layout of the state: moments lie like their parameters; counters, factors and norms on every device."""
         whole = replicated(self.mesh)
         params = parameter_shardings(self.skeleton.abstract, self.skeleton.letters, self.mesh)
         opt_state = optax.tree.map_params(
             self.tx,
-            lambda _, sharding: sharding,
+            lambda moment, sharding, param: sharding if moment.shape == param.shape else whole,
             self.abstract_state().opt_state,
             params,
+            self.skeleton.abstract,
             transform_non_params=lambda _: whole,
         )
         return TrainState(step=whole, params=params, opt_state=opt_state, key=whole)
@@ -118,11 +122,29 @@ class Trainer:
         step = partial(train_step, self)
         return self._under_mesh(jax.jit(step, out_shardings=(self.shardings(), None), donate_argnums=0))
 
-    def eval_step(self) -> Any:
-        """Return the jitted (params, batch) -> sums, deterministic."""
+    def lower_train_step(self, shapes: BatchShapes) -> jax.stages.Lowered:
+        """Lower the training step for a batch of these shapes, without arrays and without devices that are there."""
+        layout, rows = self.shardings(), batch_sharding(self.mesh)
+        state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            self.abstract_state(),
+            layout,
+        )
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+            for name, (shape, dtype) in shapes.items()
+            if name != "example"
+        }
+        step = jax.jit(partial(train_step, self), out_shardings=(layout, None), donate_argnums=0)
+        with jax.set_mesh(self.mesh):
+            return step.lower(state, batch)
 
-        def step(params: Params, batch: Batch) -> Sums:
-            return self.experiment.objective(self.skeleton.bind(params), batch, None)
+    def eval_step(self) -> Any:
+        """Return the jitted (params, batch) -> (sums, weights), deterministic."""
+
+        def step(params: Params, batch: Batch) -> tuple[Sums, Weights]:
+            objective = self.experiment.objective
+            return objective(self.skeleton.bind(params), batch, None), objective.weights(batch)
 
         return self._under_mesh(jax.jit(step))
 
@@ -143,17 +165,16 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One update from one batch. With `axis_name` (pmap), sums of gradients and losses are added over that axis.
 
-    Metrics: every sum of the objective divided by its weight, the weight itself as "tokens", the global gradient
-    norm before clipping, and the learning rate.
+    Metrics: the means of the objective, its "tokens", the global gradient norm before clipping, the learning rate.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    weights = trainer.experiment.objective.weights(batch)
     if axis_name is not None:
         key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-    grads, sums = _accumulated(trainer, state.params, batch, key)
+        weights = jax.lax.psum(weights, axis_name)
+    grads, sums = _accumulated(trainer, state.params, batch, weights, key)
     if axis_name is not None:
         grads, sums = jax.lax.psum((grads, sums), axis_name)
-    weight = jnp.maximum(sums["weight"], 1.0)
-    grads = jax.tree.map(lambda g: g / weight, grads)
     updates, opt_state = trainer.tx.update(grads, state.opt_state, state.params)
     new = TrainState(
         step=state.step + 1,
@@ -161,25 +182,22 @@ def train_step(
         opt_state=opt_state,
         key=state.key,
     )
-    metrics = means(sums) | {
+    metrics = means(sums, weights) | {
+        "tokens": weights["tokens"],
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": schedule(trainer.experiment.optim.schedule)(state.step),
     }
     return new, metrics
 
 
-def means(sums: Sums) -> Metrics:
-    """Divide every sum by the weight; the weight itself is the number of tokens."""
-    weight = jnp.maximum(sums["weight"], 1.0)
-    return {name: value / weight for name, value in sums.items() if name != "weight"} | {"tokens": sums["weight"]}
-
-
-def _accumulated(trainer: Trainer, params: Params, batch: Batch, key: jax.Array) -> tuple[Params, Sums]:
-    """Gradients of the summed loss, and all sums, over `accumulate` micro-batches."""
+def _accumulated(
+    trainer: Trainer, params: Params, batch: Batch, weights: Weights, key: jax.Array
+) -> tuple[Params, Sums]:
+    """Gradients of the loss over the weights of the whole batch, and all sums, over `accumulate` micro-batches."""
 
     def loss(params: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
         sums = trainer.experiment.objective(trainer.skeleton.bind(params), batch, key)
-        return sums["loss"], sums
+        return means(sums, weights)["loss"], sums
 
     gradient = jax.grad(loss, has_aux=True)
     n = trainer.experiment.train.accumulate

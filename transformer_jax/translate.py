@@ -15,7 +15,7 @@ import numpy as np
 
 from transformer_jax.checkpoint import load_meta, load_params
 from transformer_jax.config import DecodeConfig, Experiment, MeshConfig
-from transformer_jax.data.tokenizer import BOS, EOS, Tokenizer
+from transformer_jax.data.tokenizer import Tokenizer
 from transformer_jax.errors import UserError
 from transformer_jax.generate import beam_search, greedy
 from transformer_jax.nn.module import Params, Skeleton
@@ -77,7 +77,7 @@ class Translator:
         already written, the beginning of the sentence first.
         """
         source_ids, target_ids = self._ids([source])[0], self._ids([target])[0]
-        shifted = np.asarray([[BOS, *target_ids[:-1]]], np.int32)
+        shifted = np.asarray([[self.specials[0], *target_ids[:-1]]], np.int32)
         model = self.skeleton.bind(self.params)
         maps = jax.jit(model.attention_maps)(np.asarray([source_ids], np.int32), shifted)
         weights = {name: np.asarray(value)[:, 0] for name, value in maps.items()}
@@ -85,7 +85,7 @@ class Translator:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         normal = [unicodedata.normalize("NFC", text).strip() for text in texts]
-        return [[*ids, EOS] for ids in self.tokenizer.encode_batch(normal)]
+        return [[*ids, self.specials[1]] for ids in self.tokenizer.encode_batch(normal)]
 
     def _translate_batch(self, sentences: list[str], decode: DecodeConfig) -> Iterator[Translation]:
         ids = self._ids(sentences)
@@ -106,12 +106,18 @@ class Translator:
         return jax.device_put(source_BS, batch_sharding(self.mesh))
 
     @cached_property
+    def specials(self) -> tuple[int, int]:
+        """Ids of the tokens that begin and end a sentence."""
+        bos, eos = self.tokenizer.require_roles(("bos", "eos"), f"the tokenizer of {self.experiment.name}")
+        return bos, eos
+
+    @cached_property
     def _search(self) -> Any:
-        return jax.jit(partial(search, self.skeleton), static_argnums=2)
+        return jax.jit(partial(search, self.skeleton, specials=self.specials), static_argnums=2)
 
 
 def search(
-    skeleton: Skeleton, params: Params, source_BS: jax.Array, decode: DecodeConfig
+    skeleton: Skeleton, params: Params, source_BS: jax.Array, decode: DecodeConfig, *, specials: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
     """Find the best output of each source: tokens [B, T] and scores [B]; beam 1 is greedy."""
     model = skeleton.bind(params)
@@ -120,6 +126,7 @@ def search(
     limit_B = (source_BS != 0).sum(-1) - 1 + decode.extra_length
     state_B, memory_B = model.start(source_BS, max_steps)
     options: dict[str, Any] = {"limit_B": limit_B, "max_steps": max_steps, "length_penalty": decode.length_penalty}
+    options |= dict(zip(("bos", "eos"), specials, strict=True))
     if decode.beam == 1:
         return greedy(model.step, state_B, memory_B, **options)
     tokens_BMT, scores_BM = beam_search(model.step, state_B, memory_B, beams=decode.beam, **options)

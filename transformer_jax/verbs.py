@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import numpy as np
 from transformer_jax.attention_page import AttentionMap, Choice, Heads, attention_page
 from transformer_jax.checkpoint import load_meta
 from transformer_jax.config import DecodeConfig, Experiment, flatten
-from transformer_jax.data.tokenizer import BOS
+from transformer_jax.data.translation import ParallelText
 from transformer_jax.errors import UserError
 from transformer_jax.evaluate import Scored, parallel_text, read_test, score
+from transformer_jax.held_out import held_out
 from transformer_jax.logs import read_metrics
 from transformer_jax.loop import Outcome, run_training
 from transformer_jax.nn.module import Skeleton, parameter_count
@@ -100,28 +101,35 @@ class Evaluation:
 
     run: Path
     report: dict[str, Any]
-    scored: Scored
-    samples: list[int]
-    """Positions in the test set of the sentences to show."""
     files: list[Path]
+    scored: Scored | None = None
+    """What a translator wrote."""
+    samples: Sequence[int] = ()
+    """Positions in the test set of the sentences to show."""
 
 
 def evaluate(run: str | Path, test: str = "", decode: DecodeConfig | None = None) -> Evaluation:
-    """Score a run on its held-out test split, or on another test set, beside two floors.
+    """Score a run on its held-out test split, or on another test set, beside floors that need no training of ours.
 
-    Writes evaluation.json, translations.tsv (source, reference, translation) and, for the own test split of a model
-    with attention, attention.png into the run folder; another test set gets files of its own name.
+    Writes evaluation.json and, for a translator, translations.tsv (source, reference, translation) and for its own
+    test split attention.png into the run folder; another test set gets files of its own name.
 
     Args:
         run: the run folder.
         test: another test set: files (pairs.tsv, pairs.jsonl, a.de,a.en) or a TFDS dataset, used in full.
-        decode: search settings, instead of the experiment's.
+        decode: search settings, instead of the experiment's; for translators only.
 
     Raises:
         UserError: no readable checkpoint, or absent or malformed data.
     """
     run = Path(run)
     experiment, tokenizer_json = load_meta(run)
+    suffix = f"-{Path(test).name}" if test else ""
+    if not isinstance(experiment.data, ParallelText):
+        report = held_out(run, test)
+        path = run / f"evaluation{suffix}.json"
+        _write_json(path, report)
+        return Evaluation(run, report, [path])
     decode = decode or experiment.decode
     own = parallel_text(experiment)
     pairs = read_test(own, test) if test else None
@@ -139,7 +147,6 @@ def evaluate(run: str | Path, test: str = "", decode: DecodeConfig | None = None
         "data": data.summary(),
         "provenance": provenance(),
     }
-    suffix = f"-{Path(test).name}" if test else ""
     files = [run / f"evaluation{suffix}.json", run / f"translations{suffix}.tsv"]
     _write_json(files[0], report)
     rows = zip(scored.translations, scored.references, strict=True)
@@ -151,7 +158,7 @@ def evaluate(run: str | Path, test: str = "", decode: DecodeConfig | None = None
         lengths = [(abs(len(scored.translations[i].source.split()) - 8), i) for i in samples]
         shown = scored.translations[min(lengths)[1]]
         files.append(draw_attention(translator, shown.source, shown.text, run / "attention.png"))
-    return Evaluation(run, report, scored, samples, files)
+    return Evaluation(run, report, files, scored, samples)
 
 
 def translate(
@@ -237,7 +244,7 @@ def attention(
     note = "" if target.strip() else "The second line is the model's own translation."
     target = target if target.strip() else next(translator.translate([source])).text
     weights, read, written = translator.attention(source, target)
-    past = [*translator.tokenizer.tokens([BOS]), *written[:-1]]
+    past = [*translator.tokenizer.tokens(translator.specials[:1]), *written[:-1]]
     sides = {"encoder": (read, read), "decoder": (written, past), "cross": (written, read)}
     maps = [AttentionMap(kind, weights_LNTS, *sides[kind]) for kind, weights_LNTS in weights.items()]
 

@@ -37,20 +37,22 @@ def data(config: ParallelText) -> ParallelData:
 
 
 def test_an_epoch_holds_every_training_pair_once_as_text(data: ParallelData) -> None:
-    seen: list[tuple[str, str]] = []
+    seen: list[str] = []
     batches = data.train_iterator(seed=1)
     for _ in range(data.summary()["batches_per_epoch"]):
         batch = next(batches)
-        assert (batch["source"].shape + batch["target"].shape[1:]) in data.example_shapes()
+        rows, length = batch["source"].shape
+        assert (rows, length, batch["target"].shape[1] - 1) in data.example_shapes()
         for source, target, example in zip(batch["source"], batch["target"], batch["example"], strict=True):
             if example < 0:
                 assert not source.any()
                 assert not target.any()
             else:
-                assert data.text(example) == (data.tokenizer.decode(source), data.tokenizer.decode(target))
+                assert data.text(example) == f"{data.tokenizer.decode(source)}\t{data.tokenizer.decode(target)}"
                 assert (source == 2).sum() == (target == 2).sum() == 1
+                assert (target == 1).tolist() == [True] + [False] * length
                 seen.append(data.text(example))
-    assert sorted(seen) == sorted(data.pairs("train"))
+    assert sorted(seen) == sorted("\t".join(pair) for pair in data.pairs("train"))
 
 
 def test_validation_shows_every_pair_once(data: ParallelData) -> None:
@@ -63,6 +65,43 @@ def test_validation_shows_every_pair_once(data: ParallelData) -> None:
             if example >= 0
         ]
         assert sorted(seen) == sorted(source for source, _ in data.pairs("validation"))
+
+
+def test_the_test_batches_hold_every_pair_however_long(config: ParallelText, write: Write) -> None:
+    long = write("long.tsv", "red\tgreen\n" + "cat " * 90 + "\tdog\n" + "tree\triver\n")
+    data = dataclasses.replace(config, test=str(long)).open(400)
+    batches = list(data.test_batches())
+    assert [batch["target"].shape for batch in batches] == [(24, 9), (4, 129)]
+    seen = [data.tokenizer.decode(row) for batch in batches for row in batch["source"] if row.any()]
+    assert sorted(seen) == sorted(source for source, _ in data.pairs("test"))
+
+
+def test_the_shapes_of_the_longest_batch_are_known_without_data(config: ParallelText) -> None:
+    longest = next(dataclasses.replace(config, bucket_lengths=(24,)).open(400).train_iterator(seed=0))
+    shapes = dataclasses.replace(config, dataset="absent.tsv").batch_shapes()
+    assert {name: (array.shape, array.dtype.name) for name, array in longest.items()} == shapes
+
+
+def test_the_log_line_counts(data: ParallelData) -> None:
+    assert data.describe() == f"data: 270 train, 15 validation, 15 test pairs, vocabulary {data.tokenizer.vocab_size}"
+
+
+def test_a_bert_vocabulary_can_translate_but_padding_must_be_0(config: ParallelText, write: Write) -> None:
+    specials = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [mark + letter for letter in "abcdefghijklmnopqrstuvwxyz0123456789" for mark in ("", "##")]
+    bert = write("vocab.txt", "\n".join([*specials, *letters]))
+    data = dataclasses.replace(config, tokenizer=str(bert), max_length=60, bucket_lengths=(), batch_tokens=600).open(80)
+    batch = next(data.train_iterator(0))
+    assert set(batch["target"][:, 0]) <= {3, 0}
+    assert all((row == 4).sum() == 1 for row in batch["source"] if row.any())
+    shifted = write("shifted.txt", "\n".join(["x", *specials, *letters]))
+    with pytest.raises(UserError, match=r"shifted\.txt pads with id 1, but batches of parallel text are padded with 0"):
+        dataclasses.replace(config, tokenizer=str(shifted)).open(80)
+    without = write("without.txt", "\n".join(["[PAD]", "[UNK]", *letters]))
+    with pytest.raises(
+        UserError, match=r"without\.txt has no special token for bos, eos \(it would be written bos: <bos>"
+    ):
+        dataclasses.replace(config, tokenizer=str(without)).open(80)
 
 
 def test_the_order_does_not_depend_on_the_number_of_hosts_even_if_it_changes(data: ParallelData) -> None:

@@ -10,12 +10,21 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from transformer_jax.cli import benchmarks, training, translation
+from transformer_jax.cli import benchmarks, exchange, generation, launching, reading, scaling, training, translation
 from transformer_jax.cli.verb import Verb
-from transformer_jax.errors import UserError, closest
+from transformer_jax.errors import Interrupted, UserError, closest
 from transformer_jax.logs import say
 
-VERBS: dict[str, Verb] = training.VERBS | translation.VERBS | benchmarks.VERBS
+VERBS: dict[str, Verb] = (
+    training.VERBS
+    | translation.VERBS
+    | reading.VERBS
+    | generation.VERBS
+    | benchmarks.VERBS
+    | launching.VERBS
+    | exchange.VERBS
+    | scaling.VERBS
+)
 
 EPILOGUE = """
 RECIPE and PLAN are names that `tjax list` shows, or FILE.py:function; RUN is the folder that `tjax train` printed.
@@ -37,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         say(f"tjax: {error}")
         sys.exit(2)
+    except Interrupted as stop:
+        say(f"stopped by {stop.signal}; the same command continues")
+        sys.exit(128 + signal.Signals[stop.signal])
     except KeyboardInterrupt:
         say("tjax: interrupted")
         sys.exit(128 + signal.SIGINT)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from transformer_jax import verbs
+from transformer_jax import distributed, verbs
 from transformer_jax.cli.verb import Tree, Verb, experiment_of, out
 from transformer_jax.logs import print_json, say
 
@@ -83,6 +83,7 @@ def _train_default(target: str) -> TrainOptions:
 
 
 def _train(_: str, options: TrainOptions) -> int:
+    distributed.initialize()
     outcome = verbs.train(options.experiment, options.out or None)
     if options.json:
         print_json(dataclasses.asdict(outcome) | {"run": str(outcome.run)})

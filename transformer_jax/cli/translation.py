@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,18 +17,22 @@ from transformer_jax import verbs
 from transformer_jax.attention_page import Heads
 from transformer_jax.cli.verb import Verb, experiment_of_run, lines_of, out
 from transformer_jax.compare import compare, with_settings
-from transformer_jax.config import DecodeConfig, TrainConfig
+from transformer_jax.config import DataConfig, DecodeConfig, TrainConfig
 from transformer_jax.data.translation import ParallelText
 from transformer_jax.errors import UserError
-from transformer_jax.evaluate import parallel_text
+from transformer_jax.evaluate import Scored
 from transformer_jax.logs import print_json, say
 from transformer_jax.recipes import find_experiments
 from transformer_jax.translate import Translation, Translator
+from transformer_jax.trials import trials
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Score a run on its held-out test split, or on another test set, with BLEU and chrF beside two floors."""
+    """Score a run on its held-out test split, or on another test set, beside floors.
+
+    Translators by BLEU and chrF, labels by the metrics of their task, everything else by the means of its objective.
+    """
 
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")]
     test: str = ""
@@ -73,17 +78,18 @@ class AttentionOptions:
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Train several experiments on the same text with several seeds, and report what differs, with pictures.
+    """Train several experiments on the same task with several seeds, and report what differs, with pictures.
 
     Typed again, it continues where it was interrupted.
     """
 
-    data: ParallelText
+    data: DataConfig
+    """What is changed here is changed for all."""
     train: TrainConfig
     seeds: int = 2
     """Runs of each experiment."""
     lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
-    """Sequence lengths at which the speed of a training step is measured."""
+    """Sequence lengths at which the speed of a training step is measured (translators)."""
     tokens: int = 2048
     """Tokens a side of a batch in that measurement."""
     out: str = ""
@@ -97,12 +103,36 @@ def _evaluate(run: str, options: EvaluateOptions) -> int:
     if options.json:
         print_json(result.report)
         return 0
-    console = out()
-    scores = result.report["scores"]
-    count = scores["model"]["sentences"]
-    table = Table(
-        f"{count} held-out sentences", title=f"{run}, test: {result.report['test']}", box=None, pad_edge=False
-    )
+    title = f"{run}, test: {result.report['test']}"
+    if result.scored is None:
+        out().print(_means(result.report, title))
+    else:
+        _print_translations(result.scored, result.samples, title)
+    say(f"\nwritten: {', '.join(map(str, result.files))}")
+    return 0
+
+
+def _means(report: dict[str, Any], title: str) -> Table:
+    """What a run that is no translator scores, beside its floors."""
+    columns = {"model": report["scores"]} | report["floors"]
+    table = Table("held out", title=title, box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right")
+        table.add_column("95 %", justify="right")
+    for name in report["scores"]:
+        cells = []
+        for scores in columns.values():
+            entry = scores.get(name, {"value": None, "interval": None})
+            low, high = entry["interval"] or (None, None)
+            cells += ["" if entry["value"] is None else f"{entry['value']:.4f}"]
+            cells += ["" if low is None else f"{low:.4f} to {high:.4f}"]
+        table.add_row(name, *cells)
+    return table
+
+
+def _print_translations(scored: Scored, samples: Sequence[int], title: str) -> None:
+    console, scores = out(), scored.scores
+    table = Table(f"{scores['model']['sentences']} held-out sentences", title=title, box=None, pad_edge=False)
     for column in ("BLEU", "95 %", "chrF", "95 % "):
         table.add_column(column, justify="right")
     for name, values in scores.items():
@@ -112,13 +142,11 @@ def _evaluate(run: str, options: EvaluateOptions) -> int:
     console.print(table)
     for metric in ("bleu", "chrf"):
         console.print(f"{metric}: {scores['model'][f'{metric}_signature']}", markup=False)
-    for i in result.samples:
-        output = result.scored.translations[i]
+    for i in samples:
+        output = scored.translations[i]
         console.print(f"\n  source     {output.source}", markup=False)
-        console.print(f"  reference  {result.scored.references[i]}", markup=False)
+        console.print(f"  reference  {scored.references[i]}", markup=False)
         console.print(f"  model      {output.text}", markup=False)
-    say(f"\nwritten: {', '.join(map(str, result.files))}")
-    return 0
 
 
 def _translate(run: str, options: TranslateOptions) -> int:
@@ -165,15 +193,19 @@ def _attention(run: str, options: AttentionOptions) -> int:
 
 def _compare_default(plan: str) -> CompareOptions:
     first = find_experiments(plan)[0]
-    return CompareOptions(parallel_text(first), first.train)
+    return CompareOptions(first.data, first.train)
 
 
 def _compare(plan: str, options: CompareOptions) -> int:
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}.")
-    experiments = [with_settings(e, options.data, options.train) for e in find_experiments(plan)]
+    planned = find_experiments(plan)
+    experiments = [with_settings(e, planned[0], options.data, options.train) for e in planned]
     out = Path(options.out or Path("runs") / f"compare_{plan.rsplit(':', maxsplit=1)[-1]}")
-    files = compare(experiments, options.seeds, out, options.lengths, options.tokens)
+    if all(isinstance(e.data, ParallelText) for e in experiments):
+        files = compare(experiments, options.seeds, out, options.lengths, options.tokens)
+    else:
+        files = trials(experiments, options.seeds, out)
     if options.json:
         print_json(json.loads(files[-1].read_text(encoding="utf-8")))
     say(f"written: {', '.join(map(str, files))}")

@@ -98,7 +98,7 @@ def _read(file: str) -> list[list[str]]:
 
 
 def prepare(builder: tfds.core.DatasetBuilder) -> None:
-    """Write the data of a `tjax_parallel` builder into its TFDS folder, unless it is there.
+    """Write the data of a builder of this library into its TFDS folder, unless it is there.
 
     Safe when several processes do it at once: each writes a folder of its own, and the first to rename it wins.
     """
@@ -109,7 +109,7 @@ def prepare(builder: tfds.core.DatasetBuilder) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="incomplete.", dir=final.parent) as scratch:
         config = builder.builder_config
-        copy = TjaxParallel(config=config.name if config else None, data_dir=scratch, file_format="array_record")
+        copy = type(builder)(config=config.name if config else None, data_dir=scratch, file_format="array_record")
         _prepare_quietly(copy)
         _publish(Path(copy.data_dir), final)
 

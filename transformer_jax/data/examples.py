@@ -16,10 +16,11 @@ from rich.progress import track
 
 from transformer_jax.data.cache import cached, fingerprint
 from transformer_jax.data.holdout import Split
+from transformer_jax.data.ragged import Ragged, RaggedWriter, load_ragged
 from transformer_jax.data.sources import CHUNK, Pairs, chunks
-from transformer_jax.data.tokenizer import EOS, PAD, Tokenizer
+from transformer_jax.data.tokenizer import Tokenizer
 
-_FORMAT: Final = 1  # of the cached arrays; a change makes old caches unused
+_FORMAT: Final = 2  # of the cached arrays; a change makes old caches unused
 _SHOW_PROGRESS_FROM: Final = 200_000
 
 
@@ -33,31 +34,6 @@ class Filters:
     """Most whitespace words on either side."""
     max_length: int = 0
     """Most tokens on either side, <eos> included."""
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Token sequences of different length, one after the other."""
-
-    flat: NDArray[np.unsignedinteger]
-    offsets: NDArray[np.int64]
-    """Where each begins in `flat`, and at last its end: one more than there are sequences."""
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each sequence."""
-        return np.diff(self.offsets)
-
-    def padded(self, examples_B: NDArray[np.int64], length: int) -> NDArray[np.int32]:
-        """Return the sequences `examples_B` as int32 [B, length], padded with 0; -1 is a row of padding."""
-        real_B = examples_B >= 0
-        begin_B = self.offsets[np.where(real_B, examples_B, 0)]
-        length_B = np.where(real_B, self.offsets[np.where(real_B, examples_B, 0) + 1] - begin_B, 0)
-        position_T = np.arange(length)
-        inside_BT = position_T < length_B[:, None]
-        tokens_BT = np.full(inside_BT.shape, PAD, np.int32)
-        tokens_BT[inside_BT] = self.flat[(begin_B[:, None] + position_T)[inside_BT]]
-        return tokens_BT
 
 
 @dataclass(frozen=True)
@@ -118,65 +94,35 @@ def tokenized(pairs: Pairs, tokenizer: Tokenizer, filters: Filters) -> Examples:
 def _save(folder: Path, pairs: Pairs, tokenizer: Tokenizer, filters: Filters) -> None:
     dropped = {"empty": 0, "words": 0, "length": 0}
     rows: list[int] = []
-    sides: tuple[_Writer, _Writer] = (_Writer(tokenizer.vocab_size), _Writer(tokenizer.vocab_size))
-    for start, chunk in _shown(pairs, "Tokenizing"):
-        kept: list[tuple[int, str, str]] = []
-        for row, pair in enumerate(chunk, start=start):
-            source, target = map(normalise, pair)
-            if reason := reason_to_drop(source, target, filters):
-                dropped[reason] += 1
-            else:
-                kept.append((row, source, target))
-        source_ids = tokenizer.encode_batch([source for _, source, _ in kept])
-        target_ids = tokenizer.encode_batch([target for _, _, target in kept])
-        for (row, _, _), *both in zip(kept, source_ids, target_ids, strict=True):
-            if filters.max_length and max(map(len, both)) >= filters.max_length:  # <eos> takes one place
-                dropped["length"] += 1
-                continue
-            rows.append(row)
-            for side, ids in zip(sides, both, strict=True):
-                side.add(ids)
-        for side in sides:
-            side.flush()
+    (end,) = tokenizer.require_roles(("eos",), "the tokenizer")
+    size = tokenizer.vocab_size
+    with RaggedWriter(folder, "source", size) as sources, RaggedWriter(folder, "target", size) as targets:
+        for start, chunk in _shown(pairs, "Tokenizing"):
+            kept: list[tuple[int, str, str]] = []
+            for row, pair in enumerate(chunk, start=start):
+                source, target = map(normalise, pair)
+                if reason := reason_to_drop(source, target, filters):
+                    dropped[reason] += 1
+                else:
+                    kept.append((row, source, target))
+            source_ids = tokenizer.encode_batch([source for _, source, _ in kept])
+            target_ids = tokenizer.encode_batch([target for _, _, target in kept])
+            fits = [
+                not filters.max_length or max(len(a), len(b)) < filters.max_length  # <eos> takes one place
+                for a, b in zip(source_ids, target_ids, strict=True)
+            ]
+            dropped["length"] += fits.count(False)
+            rows += [row for (row, _, _), fit in zip(kept, fits, strict=True) if fit]
+            sources.add([[*ids, end] for ids, fit in zip(source_ids, fits, strict=True) if fit])
+            targets.add([[*ids, end] for ids, fit in zip(target_ids, fits, strict=True) if fit])
     np.save(folder / "rows.npy", np.asarray(rows, np.int64))
-    for name, side in zip(("source", "target"), sides, strict=True):
-        np.save(folder / f"{name}.flat.npy", side.flat())
-        np.save(folder / f"{name}.offsets.npy", side.offsets())
     (folder / "dropped.json").write_text(json.dumps(dropped), encoding="utf-8")
 
 
 def _load(key: str, folder: Path) -> Examples:
-    def ragged(name: str) -> Ragged:
-        # An empty file cannot be mapped, and the offsets are small.
-        offsets = np.load(folder / f"{name}.offsets.npy")
-        return Ragged(np.load(folder / f"{name}.flat.npy", mmap_mode="r" if offsets[-1] else None), offsets)
-
     dropped = json.loads((folder / "dropped.json").read_text(encoding="utf-8"))
-    return Examples(key, np.load(folder / "rows.npy"), ragged("source"), ragged("target"), dropped)
-
-
-class _Writer:
-    """Collects sequences as compact arrays: a list of Python integers would take ten times the memory."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-        self._chunks: list[NDArray[np.unsignedinteger]] = []
-        self._lengths: list[int] = []
-        self._pending: list[int] = []
-
-    def add(self, ids: list[int]) -> None:
-        self._pending += [*ids, EOS]
-        self._lengths.append(len(ids) + 1)
-
-    def flush(self) -> None:
-        self._chunks.append(np.asarray(self._pending, self._dtype))
-        self._pending = []
-
-    def flat(self) -> NDArray[np.unsignedinteger]:
-        return np.concatenate([np.zeros(0, self._dtype), *self._chunks])
-
-    def offsets(self) -> NDArray[np.int64]:
-        return np.concatenate([[0], np.cumsum(np.asarray(self._lengths, np.int64))])
+    source, target = load_ragged(folder, "source"), load_ragged(folder, "target")
+    return Examples(key, np.load(folder / "rows.npy"), source, target, dropped)
 
 
 def _shown(pairs: Pairs, doing: str) -> Iterable[tuple[int, list[tuple[str, str]]]]:

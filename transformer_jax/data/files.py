@@ -33,7 +33,7 @@ def is_files(dataset: str) -> bool:
     """Tell the user's own files from the name of a TFDS dataset (whose own commas come with an equals sign)."""
     parts = dataset.split(",")
     two_texts = len(parts) == 2 and "=" not in dataset
-    return two_texts or any(_plain_suffix(Path(part)) in _FORMATS or Path(part).is_file() for part in parts)
+    return two_texts or any(plain_suffix(Path(part)) in _FORMATS or Path(part).is_file() for part in parts)
 
 
 def read_files(files: str, source: str, target: str) -> Rows:
@@ -47,10 +47,10 @@ def read_files(files: str, source: str, target: str) -> Rows:
     if len(paths) > 2:
         raise UserError(f"{files}: {len(paths)} files; give one file or two parallel ones, as {FORMS}.")
     (path,) = paths
-    suffix = _plain_suffix(path)
+    suffix = plain_suffix(path)
     if suffix not in _FORMATS:
         raise UserError(f"{path}: cannot tell the format from the name; give {FORMS}.")
-    lines = _Lines(path)
+    lines = Lines(path)
     triples = list(_tsv(lines) if suffix == ".tsv" else _jsonl(lines, source, target))
     groups = [group for _, _, group in triples]
     grouped = sum(group is not None for group in groups)
@@ -61,12 +61,17 @@ def read_files(files: str, source: str, target: str) -> Rows:
     return Rows([(a, b) for a, b, _ in triples], named, lines.digest)
 
 
-def _plain_suffix(path: Path) -> str:
+def plain_suffix(path: Path) -> str:
+    """Return the suffix of a file, that of compression apart: ".tsv" of "pairs.tsv.gz"."""
     return Path(path.stem).suffix if path.suffix in _DECOMPRESS else path.suffix
 
 
-class _Lines:
-    """The decoded lines of one file, without their line ends."""
+class Lines:
+    """The decoded lines of one file with their numbers from 1, without their line ends.
+
+    The file may be compressed (.gz, .xz); it is hashed in `digest`. Raises `UserError` for one that cannot be read, is
+    empty, or is not UTF-8.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -97,7 +102,7 @@ class _Lines:
 
 
 def _read_two_texts(source: Path, target: Path) -> Rows:
-    a, b = _Lines(source), _Lines(target)
+    a, b = Lines(source), Lines(target)
     if len(a) != len(b):
         raise UserError(
             f"{source} has {len(a)} lines but {target} has {len(b)}: "
@@ -107,7 +112,7 @@ def _read_two_texts(source: Path, target: Path) -> Rows:
     return Rows(pairs, blocks(len(pairs)), hashlib.sha256((a.digest + b.digest).encode()).hexdigest())
 
 
-def _tsv(lines: _Lines) -> Iterator[tuple[str, str, str | None]]:
+def _tsv(lines: Lines) -> Iterator[tuple[str, str, str | None]]:
     columns = 0
     for number, line in lines:
         fields = line.split("\t")
@@ -118,7 +123,7 @@ def _tsv(lines: _Lines) -> Iterator[tuple[str, str, str | None]]:
         yield fields[0], fields[1], fields[2] if columns == 3 else None
 
 
-def _jsonl(lines: _Lines, source: str, target: str) -> Iterator[tuple[str, str, str | None]]:
+def _jsonl(lines: Lines, source: str, target: str) -> Iterator[tuple[str, str, str | None]]:
     for number, line in lines:
         where = f"{lines.path}:{number}"
         try:

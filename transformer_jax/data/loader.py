@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transformer_jax.data.holdout import Split
 from transformer_jax.errors import UserError
 
 if TYPE_CHECKING:
     import grain
 
-    from transformer_jax.data.plan import Bucket, EpochPlan
+    from transformer_jax.data.plan import EpochPlan
     from transformer_jax.data.tokenizer import Tokenizer
+
+Entry_co = TypeVar("Entry_co", covariant=True)
 
 Batch = dict[str, NDArray[Any]]
 """Arrays with the rows of one process: what they are is for the kind of data to say."""
@@ -24,17 +25,20 @@ Batch = dict[str, NDArray[Any]]
 class OpenData(Protocol):
     """A dataset that has been read and tokenized.
 
-    Batches of parallel text are {"source": int32 [B, S], "target": int32 [B, T], "example": int64 [B]}: both sides
-    end with <eos>, without <bos>, and are padded with 0. A row with example -1 is all padding. B counts the rows of
-    one process; those of all processes, one after the other, are the global batch.
+    What the arrays of a batch are is for the kind of data to say, but every batch has "example", int64 [B]: the number
+    of the training example in each row, or -1 where a row is all padding. B counts the rows of one process; those of
+    all processes, one after the other, are the global batch.
     """
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of both sides."""
+        """The tokenizer of all texts."""
 
     def summary(self) -> dict[str, Any]:
-        """Return JSON-able facts: counts by split, what was dropped and why, overlap, buckets, fingerprint."""
+        """Return JSON-able facts: counts by split, what was dropped and why, fingerprint."""
+
+    def describe(self) -> str:
+        """Return one line for the log: counts, vocabulary, what was left out."""
 
     def train_iterator(self, seed: int, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
         """Return the endless batches of training, whose order is a function of `seed` alone.
@@ -45,14 +49,23 @@ class OpenData(Protocol):
     def validation_batches(self, process_index: int = 0, process_count: int = 1) -> Iterable[Batch]:
         """Return the batches of one pass over the validation examples, each exactly once."""
 
-    def pairs(self, split: Split) -> list[tuple[str, str]]:
-        """Return the (source, target) texts of a split, in its order."""
+    def test_batches(self, process_index: int = 0, process_count: int = 1) -> Iterable[Batch]:
+        """Return the batches of one pass over the test examples. Raises `UserError` if there is no test split."""
 
-    def example_shapes(self) -> list[tuple[int, int, int]]:
-        """List the distinct global shapes (B, S, T) of the batches."""
+    def text(self, example: int) -> str:
+        """Return the text of a training example, by its number in a batch."""
 
-    def text(self, example: int) -> tuple[str, str]:
-        """Return the (source, target) text of a training example, by its number in a batch."""
+
+class Plan(Protocol[Entry_co]):
+    """The endless sequence of what goes into each batch, by its number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Entry_co: ...
+
+
+ENDLESS: Final = 1 << 40
+"""Length of a plan without end: larger than any run."""
 
 
 def rows_of_process(examples_B: NDArray[np.int64], process_index: int, process_count: int) -> NDArray[np.int64]:
@@ -70,7 +83,7 @@ def rows_of_process(examples_B: NDArray[np.int64], process_index: int, process_c
 
 
 def read_ahead(
-    plan: EpochPlan, assemble: Callable[[tuple[Bucket, NDArray[np.int64]]], Batch], threads: int
+    plan: Plan[Entry_co], assemble: Callable[[Entry_co], Batch], threads: int
 ) -> grain.DatasetIterator[Batch]:
     """Return an iterator over `plan` whose batches are assembled by `threads` threads (0: when asked for)."""
     import grain  # noqa: PLC0415 - with JAX and Orbax it takes a second, and only training reads

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,15 @@ if TYPE_CHECKING:
     import grain
 
 
+_GRAIN: Final = 64  # multiple to which an odd length is rounded up, so that few shapes are compiled
+
+
 class ParallelData:
-    """Implements `transformer_jax.data.loader.OpenData` for pairs of sentences."""
+    """Implements `transformer_jax.data.loader.OpenData` for pairs of sentences.
+
+    A batch is {"source": int32 [B, S] = w1 ... wn <eos>, "target": int32 [B, T + 1] = <bos> w1 ... wn <eos>, both
+    padded with 0; "example": int64 [B]}. The longest of a bucket of length L has S = T = L.
+    """
 
     def __init__(
         self,
@@ -32,14 +39,16 @@ class ParallelData:
         sources: dict[Split, Pairs],
         examples: dict[Split, Examples],
         buckets: Sequence[Bucket],
+        rows_multiple: int,
         threads: int,
     ) -> None:
         """Join tokenized `examples` with the texts in `sources` they came from."""
         self.tokenizer = tokenizer
+        (self._bos,) = tokenizer.require_roles(("bos",), "the tokenizer")
         self._sources = sources
         self._examples = examples
         self._buckets = tuple(buckets)
-        self._threads = threads
+        self._rows_multiple, self._threads = rows_multiple, threads
         self._validation = EpochPlan(examples["validation"].lengths, buckets, seed=None)
 
     def summary(self) -> dict[str, Any]:
@@ -64,6 +73,13 @@ class ParallelData:
             "fingerprint": fingerprint([self._examples[split].key for split in SPLITS]),
         }
 
+    def describe(self) -> str:
+        """Return one line for the log."""
+        counts = ", ".join(f"{len(self._examples[split]):,} {split}" for split in SPLITS)
+        dropped = {reason: n for reason, n in self._examples["train"].dropped.items() if n}
+        left_out = f"; left out of training: {dropped}" if dropped else ""
+        return f"data: {counts} pairs, vocabulary {self.tokenizer.vocab_size:,}{left_out}"
+
     def _overlap(self) -> dict[str, int]:
         def write(folder: Path) -> None:
             held: tuple[Split, ...] = ("validation", "test")
@@ -75,18 +91,40 @@ class ParallelData:
 
     def train_iterator(self, seed: int, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
         """Return the endless batches of training; see `OpenData.train_iterator`."""
-        train = self._examples["train"]
-        plan = EpochPlan(train.lengths, self._buckets, seed)
+        plan = EpochPlan(self._examples["train"].lengths, self._buckets, seed)
 
         def assemble(entry: tuple[Bucket, NDArray[np.int64]]) -> Batch:
-            return _batch(train, entry, process_index, process_count)
+            return self._batch("train", entry, process_index, process_count)
 
         return read_ahead(plan, assemble, self._threads)
 
     def validation_batches(self, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
         """Yield every validation example once, shortest batches first."""
         for i in range(self._validation.batches_per_epoch):
-            yield _batch(self._examples["validation"], self._validation[i], process_index, process_count)
+            yield self._batch("validation", self._validation[i], process_index, process_count)
+
+    def test_batches(self, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+        """Yield every test example once; those beyond the longest bucket in batches as long as the longest of them."""
+        lengths, last = self._examples["test"].lengths, self._buckets[-1]
+        longest = -(-int(lengths.max()) // _GRAIN) * _GRAIN
+        rows = last.rows * last.length // longest // self._rows_multiple * self._rows_multiple
+        more = [Bucket(longest, max(rows, self._rows_multiple))] if longest > last.length else []
+        plan = EpochPlan(lengths, [*self._buckets, *more], seed=None)
+        for i in range(plan.batches_per_epoch):
+            yield self._batch("test", plan[i], process_index, process_count)
+
+    def _batch(
+        self, split: Split, entry: tuple[Bucket, NDArray[np.int64]], process_index: int, process_count: int
+    ) -> Batch:
+        bucket, global_B = entry
+        chosen_B = rows_of_process(global_B, process_index, process_count)
+        examples = self._examples[split]
+        bos_B1 = np.where(chosen_B >= 0, self._bos, 0).astype(np.int32)[:, None]
+        return {
+            "source": examples.source.padded(chosen_B, bucket.length),
+            "target": np.concatenate([bos_B1, examples.target.padded(chosen_B, bucket.length)], axis=1),
+            "example": chosen_B.astype(np.int64),
+        }
 
     def pairs(self, split: Split) -> list[tuple[str, str]]:
         """Return the normalised texts of the usable pairs of a split. Raises `UserError` for an unknown split."""
@@ -100,28 +138,16 @@ class ParallelData:
         return texts
 
     def example_shapes(self) -> list[tuple[int, int, int]]:
-        """List the distinct global shapes (B, S, T) of training and validation batches."""
+        """List the distinct global shapes of training and validation batches: (B, S, T), T tokens to predict."""
         train = EpochPlan(self._examples["train"].lengths, self._buckets, seed=None)
         return distinct_shapes([train, self._validation])
 
-    def text(self, example: int) -> tuple[str, str]:
-        """Return the normalised texts of a training example."""
+    def text(self, example: int) -> str:
+        """Return the normalised source and target of a training example, with a tab between them."""
         row = int(self._examples["train"].rows[example])
         (pair,) = self._sources["train"].read(row, row + 1)
-        return _normalised(pair)
+        return "\t".join(_normalised(pair))
 
 
 def _normalised(pair: tuple[str, str]) -> tuple[str, str]:
     return normalise(pair[0]), normalise(pair[1])
-
-
-def _batch(
-    examples: Examples, entry: tuple[Bucket, NDArray[np.int64]], process_index: int, process_count: int
-) -> Batch:
-    bucket, global_B = entry
-    chosen_B = rows_of_process(global_B, process_index, process_count)
-    return {
-        "source": examples.source.padded(chosen_B, bucket.length),
-        "target": examples.target.padded(chosen_B, bucket.length),
-        "example": chosen_B.astype(np.int64),
-    }

@@ -13,6 +13,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from transformer_jax.data.bits import bits
+from transformer_jax.data.loader import ENDLESS
+
 EMPTY: Final = -1
 
 
@@ -70,8 +73,8 @@ class EpochPlan:
         return len(self._bucket_of_batch)
 
     def __len__(self) -> int:
-        """Larger than any run: the sequence has no end."""
-        return 1 << 40
+        """The sequence has no end."""
+        return ENDLESS
 
     def __getitem__(self, index: int) -> tuple[Bucket, NDArray[np.int64]]:
         """Return the bucket and the examples of batch `index`."""
@@ -89,9 +92,9 @@ class EpochPlan:
         if self._seed is None:
             examples = np.argsort(self._bucket_of, kind="stable")
             return examples, np.arange(self.batches_per_epoch)
-        # Sorting by raw bits rather than Generator.permutation: NumPy promises the bits of a bit generator for
-        # ever, but not what its methods make of them, and an upgrade must not change the order of a resumed run.
-        bits = np.random.Philox(np.random.SeedSequence((self._seed % 2**64, epoch)))
-        shuffled = np.argsort(bits.random_raw(len(self._bucket_of)), kind="stable")
+        examples_of, batches_of = np.split(
+            bits(len(self._bucket_of) + self.batches_per_epoch, self._seed, epoch), [len(self._bucket_of)]
+        )
+        shuffled = np.argsort(examples_of, kind="stable")
         examples = shuffled[np.argsort(self._bucket_of[shuffled], kind="stable")]
-        return examples, np.argsort(bits.random_raw(self.batches_per_epoch), kind="stable")
+        return examples, np.argsort(batches_of, kind="stable")

@@ -9,16 +9,18 @@ from typing import Any, Final
 
 import tensorflow_datasets as tfds
 
-# Without h5py the automatic registration of TFDS stops before the translation datasets, silently.
+# Without h5py the automatic registration of TFDS stops before these datasets, silently.
+import tensorflow_datasets.text
 import tensorflow_datasets.translate
 
-from transformer_jax.data import bundled_builder
+from transformer_jax.data import bundled_builder, bundled_tasks, bundled_text
 from transformer_jax.data.files import FORMS, pick
 from transformer_jax.data.holdout import Split
 from transformer_jax.data.sources import Pairs
 from transformer_jax.errors import UserError, closest
 
 _PROBES: Final = 64
+_BUNDLED: Final = (bundled_builder.NAME, bundled_tasks.NAME, bundled_text.NAME)
 
 
 class TfdsPairs:
@@ -48,33 +50,40 @@ class TfdsPairs:
 def tfds_splits(
     dataset: str, source: str, target: str, expressions: dict[Split, str], data_dir: str
 ) -> dict[Split, Pairs]:
-    """Open the split `expressions` of the TFDS `dataset`; the bundled datasets are prepared if they are not yet.
-
-    Raises `UserError` with the command to type where a dataset is unknown, not prepared, or not in array_record.
-    """
-    builder = _builder(dataset, data_dir)
-    if dataset.partition("/")[0].partition(":")[0] == bundled_builder.NAME:
-        bundled_builder.prepare(builder)
-        builder = _builder(dataset, data_dir)
+    """Open the split `expressions` of a TFDS `dataset` of aligned texts; raises what `open_tfds` does."""
+    info, opened = open_tfds(dataset, expressions, data_dir)
     return {
-        split: TfdsPairs(
-            f"{builder.info.full_name}:{expression}",
-            _open(builder, dataset, split, expression, data_dir),
-            source,
-            target,
-        )
-        for split, expression in expressions.items()
+        split: TfdsPairs(f"{info.full_name}:{expressions[split]}", examples, source, target)
+        for split, examples in opened.items()
     }
 
 
-def _builder(dataset: str, data_dir: str) -> tfds.core.DatasetBuilder:
+def open_tfds(
+    dataset: str, expressions: dict[Split, str], data_dir: str, forms: str = FORMS
+) -> tuple[tfds.core.DatasetInfo, dict[Split, Sequence[dict[str, Any]]]]:
+    """Open the split `expressions` of the TFDS `dataset`; the bundled datasets are prepared if they are not yet.
+
+    Returns what TFDS knows of the dataset, and the examples of each split by random access. `forms` says in messages
+    how files would be given instead.
+
+    Raises `UserError` with the command to type where a dataset is unknown, not prepared, or not in array_record.
+    """
+    builder = _builder(dataset, data_dir, forms)
+    if dataset.partition("/")[0].partition(":")[0] in _BUNDLED:
+        bundled_builder.prepare(builder)
+        builder = _builder(dataset, data_dir, forms)
+    opened = {split: _open(builder, dataset, split, expression, data_dir) for split, expression in expressions.items()}
+    return builder.info, opened
+
+
+def _builder(dataset: str, data_dir: str, forms: str) -> tfds.core.DatasetBuilder:
     name, _, config = dataset.partition(":")[0].partition("/")
     try:
         return tfds.builder(dataset, data_dir=Path(data_dir).expanduser() if data_dir else None)
     except tfds.core.DatasetNotFoundError as error:
-        known = [*tfds.list_builders(with_community_datasets=False), bundled_builder.NAME]
+        known = [*tfds.list_builders(with_community_datasets=False), *_BUNDLED]
         raise UserError(
-            f"'{dataset}' is neither a TFDS dataset nor a file.{closest(name, known)} Files are given as {FORMS}."
+            f"'{dataset}' is neither a TFDS dataset nor a file.{closest(name, known)} Files are given as {forms}."
         ) from error
     except (ValueError, AssertionError) as error:  # unknown configuration, malformed name; unknown version
         if name not in tfds.list_builders(with_community_datasets=False):

@@ -38,7 +38,7 @@ class ParallelText(DataConfig):
     test: str = ""
     """TFDS split expression, by default "test"; with your own files a file, by default 5 % held out by group."""
     tokenizer: str = ""
-    """A tokenizer.json to use; empty trains byte-level BPE on both sides of the training pairs."""
+    """Tokenizer to use (a file, a Hugging Face folder, a run); empty trains byte-level BPE on the training pairs."""
     min_words: int = 0
     """Fewest whitespace words on either side of a pair, in every split; 0 is no limit."""
     max_words: int = 0
@@ -116,7 +116,17 @@ class ParallelText(DataConfig):
                 )
         lengths = self.bucket_lengths or geometric_buckets(self.max_length)
         buckets = make_buckets(lengths, self.batch_tokens, self.rows_multiple)
-        return ParallelData(tokenizer, pairs, examples, buckets, self.threads)
+        return ParallelData(tokenizer, pairs, examples, buckets, self.rows_multiple, self.threads)
+
+    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return shape and dtype of each array of the batches of the longest bucket, over all processes."""
+        (longest,) = make_buckets((self.max_length,), self.batch_tokens, self.rows_multiple)
+        rows, length = longest.rows, longest.length
+        return {
+            "source": ((rows, length), "int32"),
+            "target": ((rows, length + 1), "int32"),
+            "example": ((rows,), "int64"),
+        }
 
     def _tokenizer(self, vocab_size: int, saved: str | None, train: Pairs, filters: Filters) -> Tokenizer:
         if saved is not None:
@@ -126,6 +136,9 @@ class ParallelText(DataConfig):
         else:
             tokenizer, where = trained_tokenizer(train, vocab_size, filters), "the trained tokenizer"
         tokenizer.require(vocab_size, where)
+        pad, *_ = tokenizer.require_roles(("pad", "bos", "eos"), where)
+        if pad:
+            raise UserError(f"{where} pads with id {pad}, but batches of parallel text are padded with 0.")
         return tokenizer
 
 

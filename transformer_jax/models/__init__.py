@@ -1,6 +1,9 @@
 """The families, one file each."""
 
+from transformer_jax.models.bert import BertConfig
+from transformer_jax.models.bert_seq2seq import BertSeq2SeqConfig
+from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.models.rnn_seq2seq import RNNSeq2SeqConfig
 from transformer_jax.models.transformer import TransformerConfig
 
-__all__ = ["RNNSeq2SeqConfig", "TransformerConfig"]
+__all__ = ["BertConfig", "BertSeq2SeqConfig", "GPTConfig", "RNNSeq2SeqConfig", "TransformerConfig"]

@@ -11,7 +11,7 @@ the attention of Luong 2015 without input feeding.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -110,9 +110,10 @@ class RNNSeq2SeqConfig(ModelConfig):
         """Construct the module."""
         return RNNSeq2Seq(key, self, compute)
 
-    def forward_flops(self, source: int, target: int) -> int:
-        """Two a weight and token, and attention; what happens once a sentence (first states) is left out."""
-        h, m, s, t = self.width, self.memory_width, source, target
+    def forward_flops(self, batch: Mapping[str, tuple[int, ...]]) -> int:
+        """FLOPs to read "source" [B, S] and write "target" [B, T + 1]; first states, once a sentence, are left out."""
+        rows, s = batch["source"]
+        h, m, t = self.width, self.memory_width, batch["target"][1] - 1
         gates = CELLS[self.cell].gates * h
         encoder = sum(s * 2 * gates * (i + h) for i in [self.embedding, *[m] * (self.encoder_layers - 1)])
         decoder = sum(t * 2 * gates * (i + h) for i in [self.embedding, *[h] * (self.decoder_layers - 1)])
@@ -123,7 +124,8 @@ class RNNSeq2SeqConfig(ModelConfig):
             decoder += s * 2 * m * h
         decoder += t * 2 * h * {"none": 0, "additive": h}.get(self.attention, m + h)
         decoder += t * 2 * (h + self.embedding + self.fed_width) * 2 * self.maxout
-        return encoder * (1 + self.bidirectional) + decoder + t * 2 * (self.maxout or h) * self.vocab_size
+        head = t * 2 * (self.maxout or h) * self.vocab_size
+        return rows * (encoder * (1 + self.bidirectional) + decoder + head)
 
 
 class Memory(NamedTuple):

@@ -2,7 +2,7 @@
 
     B batch   T query/target length   S key/source length   D model width   N query heads   K key/value heads
     G groups (N = K G)   H head size   F feed-forward width   V vocabulary   L layers   M beams   R rows (B x M)
-    Z gates of a recurrent cell
+    Z few kinds: gates of a recurrent cell, sentences of a pair
 
 The same letters name the axes of a layout (`sharding.py`).
 """
@@ -16,20 +16,45 @@ import jax.numpy as jnp
 from flax import nnx
 
 from transformer_jax.kernels.attention import Mask, attention
-from transformer_jax.nn.layers import Linear
+from transformer_jax.nn.layers import Init, Linear, RMSNorm, xavier_uniform
+from transformer_jax.nn.positions import rotary
 from transformer_jax.sharding import constrain
 
 
 class KeysValues(NamedTuple):
-    """Keys and values of one attention layer: of the memory, or of the past (the cache)."""
+    """Keys and values that one attention layer looks at."""
 
     k_BSKH: jax.Array
     v_BSKH: jax.Array
 
-    def write(self, new: KeysValues, position_B: jax.Array) -> KeysValues:
-        """Put one new position [B, 1, K, H] into each row at its own place."""
-        rows = jnp.arange(len(position_B))
-        return KeysValues(*(old.at[rows, position_B].set(x[:, 0]) for old, x in zip(self, new, strict=True)))
+
+class Cache(NamedTuple):
+    """The past of one attention layer: places for keys and values, and which position each of them holds.
+
+    Position p goes to place p mod S. So with as many places as positions nothing is lost, and with fewer the last S
+    are kept, which is all that a sliding window sees.
+    """
+
+    seen: KeysValues
+    positions_BS: jax.Array
+    """-1: empty."""
+
+    @staticmethod
+    def empty(rows: int, places: int, heads: int, size: int, dtype: jnp.dtype) -> Cache:
+        """Make room for `places` positions of `rows` rows."""
+        zeros = jnp.zeros((rows, places, heads, size), dtype)
+        return Cache(KeysValues(zeros, zeros), jnp.full((rows, places), -1, jnp.int32))
+
+    def write(self, new: KeysValues, positions_BT: jax.Array) -> Cache:
+        """Put new positions [B, T, K, H] in their places; those at a negative position are left out."""
+        places = self.positions_BS.shape[1]
+        rows_B1 = jnp.arange(len(positions_BT))[:, None]
+        # Of several positions that share a place, the last one stays; the others, and empty ones, go nowhere.
+        last_B1 = positions_BT.max(axis=1, keepdims=True)
+        kept_BT = (positions_BT >= 0) & (positions_BT > last_B1 - places)
+        place_BT = jnp.where(kept_BT, positions_BT % places, places)
+        written = [old.at[rows_B1, place_BT].set(x, mode="drop") for old, x in zip(self.seen, new, strict=True)]
+        return Cache(KeysValues(*written), self.positions_BS.at[rows_B1, place_BT].set(positions_BT, mode="drop"))
 
 
 class Attended(NamedTuple):
@@ -40,23 +65,63 @@ class Attended(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Project to heads, attend, project back (Vaswani 2017, section 3.2.2)."""
+    """Project to heads, attend, project back (Vaswani 2017, section 3.2.2).
 
-    def __init__(self, key: jax.Array, width: int, heads: int, *, bias: bool, backend: str) -> None:
+    Fewer key/value heads than query heads are shared by groups of them (Ainslie 2023). With `rope_theta`, queries and
+    keys are rotated by their positions (Su 2021). With `qk_norm`, they are normalised by head (Henry 2020).
+    """
+
+    def __init__(
+        self,
+        key: jax.Array,
+        width: int,
+        heads: int,
+        *,
+        kv_heads: int,
+        head_size: int,
+        bias: bool,
+        backend: str,
+        rope_theta: float = 0.0,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        init: Init = xavier_uniform,
+        residual_init: Init = xavier_uniform,
+    ) -> None:
         q, k, v, out = jax.random.split(key, 4)
-        size = width // heads
-        self.q = Linear(q, {"D": width}, {"N": heads, "H": size}, bias=bias)
-        self.k = Linear(k, {"D": width}, {"K": heads, "H": size}, bias=bias)
-        self.v = Linear(v, {"D": width}, {"K": heads, "H": size}, bias=bias)
-        self.out = Linear(out, {"N": heads, "H": size}, {"D": width}, bias=bias)
+        self.q = Linear(q, {"D": width}, {"N": heads, "H": head_size}, bias=bias, init=init)
+        self.k = Linear(k, {"D": width}, {"K": kv_heads, "H": head_size}, bias=bias, init=init)
+        self.v = Linear(v, {"D": width}, {"K": kv_heads, "H": head_size}, bias=bias, init=init)
+        self.out = Linear(out, {"N": heads, "H": head_size}, {"D": width}, bias=bias, init=residual_init)
+        self.q_norm = RMSNorm(head_size, norm_eps, letters="H") if qk_norm else None
+        self.k_norm = RMSNorm(head_size, norm_eps, letters="H") if qk_norm else None
+        self.rope_theta = rope_theta
+        self.dropout = dropout
         self.backend = backend
 
-    def keys_values(self, x_BSD: jax.Array) -> KeysValues:
-        """Project what is looked at: [B, S, D] -> two of [B, S, K, H]."""
-        return KeysValues(constrain(self.k(x_BSD), "BSKH"), constrain(self.v(x_BSD), "BSKH"))
+    def keys_values(self, x_BSD: jax.Array, positions_BS: jax.Array | None = None) -> KeysValues:
+        """Project what is looked at: [B, S, D] -> two of [B, S, K, H]; positions matter to RoPE only."""
+        k_BSKH = self._place(constrain(self.k(x_BSD), "BSKH"), self.k_norm, positions_BS)
+        return KeysValues(k_BSKH, constrain(self.v(x_BSD), "BSKH"))
 
-    def __call__(self, x_BTD: jax.Array, seen: KeysValues, mask: Mask) -> Attended:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        seen: KeysValues,
+        mask: Mask,
+        positions_BT: jax.Array | None = None,
+        *,
+        key: jax.Array | None = None,
+    ) -> Attended:
         """Let x look at keys and values: [B, T, D] -> [B, T, D]."""
-        q_BTNH = constrain(self.q(x_BTD), "BTNH")
-        out_BTNH, weights_BNTS = attention(q_BTNH, *seen, mask, backend=self.backend)
+        q_BTNH = self._place(constrain(self.q(x_BTD), "BTNH"), self.q_norm, positions_BT)
+        out_BTNH, weights_BNTS = attention(q_BTNH, *seen, mask, dropout=self.dropout, key=key, backend=self.backend)
         return Attended(self.out(constrain(out_BTNH, "BTNH")), weights_BNTS)
+
+    def _place(self, x_BTNH: jax.Array, norm: RMSNorm | None, positions_BT: jax.Array | None) -> jax.Array:
+        x_BTNH = x_BTNH if norm is None else norm(x_BTNH)
+        if not self.rope_theta:
+            return x_BTNH
+        if positions_BT is None:
+            positions_BT = jnp.arange(x_BTNH.shape[1])[None]
+        return rotary(x_BTNH, positions_BT, self.rope_theta)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,16 @@ def xavier_uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int, fan_out:
     """Uniform in +-sqrt(6 / (fan in + fan out)) (Glorot and Bengio 2010, equation 16)."""
     bound = math.sqrt(6 / (fan_in + fan_out))
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def normal(std: float) -> Init:
+    """Normal with a standard deviation that does not depend on the shape (Radford 2018, section 4.1)."""
+    return lambda key, shape, _in, _out: jax.random.normal(key, shape) * std
+
+
+def truncated_normal(std: float) -> Init:
+    """Normal with values beyond two standard deviations drawn anew (as BERT was initialised)."""
+    return lambda key, shape, _in, _out: jax.random.truncated_normal(key, -2.0, 2.0, shape) * std
 
 
 def split(key: jax.Array | None, n: int) -> list[jax.Array] | list[None]:
@@ -62,8 +73,9 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """Token vectors, read as rows on the way in and as the output projection on the way out (Press and Wolf 2017)."""
 
-    def __init__(self, key: jax.Array, vocab_size: int, width: int) -> None:
-        self.table = nnx.Param(jax.random.normal(key, (vocab_size, width)) * width**-0.5, letters="VD")
+    def __init__(self, key: jax.Array, rows: int, width: int, *, init: Init | None = None, letters: str = "VD") -> None:
+        """Draw from N(0, 1 / width) unless `init` says otherwise; "TD" is a table of positions, "ZD" of few kinds."""
+        self.table = nnx.Param((init or normal(width**-0.5))(key, (rows, width), rows, width), letters=letters)
 
     def __call__(self, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Look up vectors: [B, T] -> [B, T, D]."""
@@ -91,14 +103,40 @@ class LayerNorm(nnx.Module):
         return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
+class RMSNorm(nnx.Module):
+    """Divide the last axis by its root mean square in float32, then scale (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float = 1e-5, letters: str = "D") -> None:
+        self.scale = nnx.Param(jnp.ones((width,)), letters=letters)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise x; the result has its dtype."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+Norm = LayerNorm | RMSNorm
+NORMS: dict[str, type[Norm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+}
+"""GELU exact (BERT) or by its tanh approximation (GPT): Hendrycks and Gimpel 2016. SiLU gates in SwiGLU."""
+
+
 class Residual(nnx.Module):
     """The connection around a sublayer f, with dropout on its output (Vaswani 2017, sections 3.1 and 5.4).
 
     post-LN, as published: LayerNorm(x + dropout(f(x))). pre-LN: x + dropout(f(LayerNorm(x))).
     """
 
-    def __init__(self, width: int, dropout_rate: float, *, pre_norm: bool) -> None:
-        self.norm = LayerNorm(width)
+    def __init__(self, norm: Norm, dropout_rate: float, *, pre_norm: bool) -> None:
+        self.norm = norm
         self.dropout_rate = dropout_rate
         self.pre_norm = pre_norm
 
@@ -113,13 +151,32 @@ class Residual(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two linear maps with a ReLU between, the same at every position (Vaswani 2017, section 3.3)."""
+    """Two linear maps with a nonlinearity between, the same at every position (Vaswani 2017, section 3.3).
 
-    def __init__(self, key: jax.Array, width: int, hidden: int) -> None:
-        up, down = jax.random.split(key)
-        self.up = Linear(up, {"D": width}, {"F": hidden})
-        self.down = Linear(down, {"F": hidden}, {"D": width})
+    Gated: the nonlinearity of a third map multiplies the first (Shazeer 2020): with SiLU it is SwiGLU.
+    """
+
+    def __init__(
+        self,
+        key: jax.Array,
+        width: int,
+        hidden: int,
+        *,
+        activation: str = "relu",
+        gated: bool = False,
+        bias: bool = True,
+        init: Init = xavier_uniform,
+        residual_init: Init = xavier_uniform,
+    ) -> None:
+        up, down, gate = jax.random.split(key, 3)
+        self.up = Linear(up, {"D": width}, {"F": hidden}, bias=bias, init=init)
+        self.gate = Linear(gate, {"D": width}, {"F": hidden}, bias=bias, init=init) if gated else None
+        self.down = Linear(down, {"F": hidden}, {"D": width}, bias=bias, init=residual_init)
+        self.activation = activation
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        return self.down(jax.nn.relu(constrain(self.up(x_BTD), "BTF")))
+        h_BTF = constrain(self.up(x_BTD), "BTF")
+        activate = ACTIVATIONS[self.activation]
+        h_BTF = activate(h_BTF) if self.gate is None else activate(constrain(self.gate(x_BTD), "BTF")) * h_BTF
+        return self.down(h_BTF)

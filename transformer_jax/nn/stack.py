@@ -8,7 +8,7 @@ which decoding needs (one cache per layer). Checkpoints always hold the stacked 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,13 +27,25 @@ REMAT_POLICIES = {
 
 
 class Stack(nnx.Module):
-    """`depth` equal blocks, each from `block(key)` and called as `block(x, *inputs, key=key) -> (x, extras)`."""
+    """`depth` equal blocks, each from `block(key)` and called as `block(x, *inputs, key=key) -> (x, extras)`.
+
+    Layers may differ in `static`: keyword arguments known before tracing (the window of GPT-3's banded layers), one
+    dictionary a layer, repeated in order until all have one. A scan then takes one repetition a turn.
+    """
 
     def __init__(
-        self, key: jax.Array, block: Callable[[jax.Array], nnx.Module], depth: int, compute: ComputeConfig
+        self,
+        key: jax.Array,
+        block: Callable[[jax.Array], nnx.Module],
+        depth: int,
+        compute: ComputeConfig,
+        static: Sequence[dict[str, Any]] = ({},),
     ) -> None:
         keys = jax.random.split(key, depth)
         self.depth = depth
+        self.static = (
+            tuple(static) if depth % len(static) == 0 else tuple(static[i % len(static)] for i in range(depth))
+        )
         self.remat = compute.remat
         self.scanned = compute.layers == "scan" or (
             compute.layers == "auto" and (jax.default_backend() != "cpu" or depth > MAX_UNROLLED)
@@ -50,17 +62,33 @@ class Stack(nnx.Module):
     def __call__(self, x: jax.Array, *inputs: Any, key: jax.Array | None = None) -> jax.Array:
         """Run x through all blocks; the same `inputs` go to each, and a key of its own."""
 
-        def run(block: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
-            return block(x, *inputs, key=key)[0]
+        def runs(static: dict[str, Any]) -> Any:
+            def run(block: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
+                return block(x, *inputs, key=key, **static)[0]
 
-        if self.remat != "none":
-            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scanned)
+            if self.remat == "none":
+                return run
+            return jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scanned)
+
+        kinds = [runs(static) for static in self.static]
+        turn = len(kinds)
         keys = None if key is None else jax.random.split(key, self.depth)
         if not self.scanned:
             for i, block in enumerate(self.layers):
-                x = run(block, x, None if keys is None else keys[i])
+                x = kinds[i % turn](block, x, None if keys is None else keys[i])
             return x
-        return jax.lax.scan(lambda x, layer: (run(layer[0], x, layer[1]), None), x, (self.layers, keys))[0]
+        layers = (self.layers, keys)
+        if turn == 1:
+            return jax.lax.scan(lambda x, layer: (kinds[0](layer[0], x, layer[1]), None), x, layers)[0]
+
+        def advance(x: jax.Array, group: Any) -> tuple[jax.Array, None]:
+            for i, run in enumerate(kinds):
+                block, layer_key = jax.tree.map(lambda leaf, i=i: leaf[i], group)
+                x = run(block, x, layer_key)
+            return x, None
+
+        grouped = jax.tree.map(lambda leaf: leaf.reshape(self.depth // turn, turn, *leaf.shape[1:]), layers)
+        return jax.lax.scan(advance, x, grouped)[0]
 
 
 def _is_unrolled(node: Any) -> bool:

@@ -1,0 +1,94 @@
+"""`PackedText`: documents for causal language models, packed into rows of one length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from transformer_jax.data.corpus import Corpus, pieces, trained
+from transformer_jax.data.documents import Part
+from transformer_jax.data.packing import Stream
+from transformer_jax.data.pretraining import Corpora, DocumentConfig, DocumentData, load_tokenizer
+from transformer_jax.data.row_plan import check_rows
+from transformer_jax.data.tokenizer import Role, Tokenizer
+from transformer_jax.errors import UserError
+
+CHARACTERS: Final = "characters"
+
+
+@dataclass(frozen=True)
+class PackedText(DocumentConfig):
+    """Documents from TFDS or from your own files, joined and cut into rows of `context` tokens.
+
+    A batch is {"tokens", "targets", "segments", "positions": int32 [B, T]; "bytes": float32 [B]; "example": int64 [B]}.
+    Targets are -1 where there is none; segments count the documents of a row from 1, and 0 is padding; positions begin
+    anew in each; bytes are those of UTF-8 that the targets of a row stand for; example is the training document a row
+    begins in.
+    """
+
+    tokenizer: str = ""
+    """Tokenizer to use (a file, a Hugging Face folder, a run), or "characters"; empty trains byte-level BPE."""
+    context: int = 256
+    """Tokens of a row."""
+    ramp: tuple[tuple[int, int], ...] = ()
+    """Smaller batches at first: (rows, steps) of each stage before batch_rows (Brown 2020, section 2.3)."""
+    separate: bool = True
+    """Documents of a row do not see each other; False makes a row one text, as in nanoGPT."""
+
+    roles: ClassVar[tuple[Role, ...]] = ("eos",)
+
+    def check(self) -> None:
+        """Raise `UserError` for values that contradict each other; looks at no data."""
+        super().check()
+        if self.context < 1:
+            raise UserError(f"data.context must be at least 1, got {self.context}.")
+        for rows, steps in self.ramp:
+            check_rows("data.ramp", rows, self.rows_multiple)
+            if steps < 1:
+                raise UserError(f"data.ramp: {rows} rows for {steps} steps; give at least one step.")
+
+    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return shape and dtype of each array of the largest batch, over all processes."""
+        rows = max([self.batch_rows, *(rows for rows, _ in self.ramp)])
+        names = ("tokens", "targets", "segments", "positions")
+        return {
+            **{name: ((rows, self.context), "int32") for name in names},  # noqa: C420 - fromkeys loses the types
+            "bytes": ((rows,), "float32"),
+            "example": ((rows,), "int64"),
+        }
+
+    def open(self, vocab_size: int, tokenizer_json: str | None = None) -> PackedData:
+        """Read and tokenize all documents; what was tokenized before comes from the cache.
+
+        Raises `UserError` for absent or malformed data, a tokenizer that does not fit, or no text.
+        """
+        return PackedData(self, self.read(vocab_size, tokenizer_json, pieces, "documents"))
+
+    def new_tokenizer(self, parts: Sequence[Part], vocab_size: int) -> tuple[Tokenizer, str]:
+        """Train byte-level BPE or collect the characters of `parts`, or read the tokenizer that is named."""
+        if self.tokenizer == CHARACTERS:
+            return trained(parts, CHARACTERS, Tokenizer.characters), "the tokenizer of characters"
+        if self.tokenizer:
+            return load_tokenizer(self.tokenizer)
+        train = trained(parts, f"bpe {vocab_size}", lambda texts: Tokenizer.train(texts, vocab_size))
+        return train, "the trained tokenizer"
+
+
+class PackedData(DocumentData):
+    """Implements `transformer_jax.data.loader.OpenData` for packed documents."""
+
+    def __init__(self, config: PackedText, corpora: Corpora) -> None:
+        """Join tokenized documents with the settings they were read by."""
+        super().__init__(config, corpora, config.ramp)
+        self._packed = config
+
+    def rows_of(self, corpus: Corpus, seed: int | None, number: int = 0) -> Stream:
+        """Return the rows of a corpus, shuffled by (seed, number), or in its own order if `seed` is None."""
+        return Stream(corpus, self._packed.context, self.tokenizer, self._packed.separate, seed, number)
+
+    def summary(self) -> dict[str, Any]:
+        """Return JSON-able facts; the targets of an epoch are its tokens and the end of each document."""
+        facts = super().summary()
+        targets = {split: facts["tokens"][split] + facts["documents"][split] for split in facts["tokens"]}
+        return facts | {"targets": targets, "context": self._packed.context}

@@ -1,0 +1,1 @@
+"""What a training step will take on devices that are not here: memory, FLOPs, collectives, time, money."""

@@ -1,0 +1,151 @@
+"""The collectives of a compiled step: kind, bytes, how often, along which axes of the mesh, hidden or waited for."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from transformer_jax.planning.hlo import Instruction, Program
+
+Groups = np.ndarray[Any, np.dtype[np.int64]]
+"""[groups, devices of each]: numbers of devices in the order of the mesh."""
+
+KINDS = (
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+)
+
+WORK = frozenset(("fusion", "dot", "convolution", "while", "call", "custom-call", "sort", "scatter"))
+"""What a device can do while it waits for a collective."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective operation of the program."""
+
+    kind: str
+    bytes: int
+    """Of the whole array on one device: what a gather gives, what a reduction takes."""
+    times: int
+    """How often it runs in a step."""
+    groups: Groups
+    overlapped: bool
+    """Whether the device computes meanwhile, as far as the schedule shows."""
+    source: str
+    """The JAX operation it comes from."""
+
+    def axes(self, mesh: Mesh) -> str:
+        """Name the axes of the mesh along which devices differ: "fsdp", "data+fsdp"."""
+        sizes = list(mesh.shape.values())
+        places = np.stack(np.unravel_index(self.groups[0], sizes))
+        moving = (places != places[:, :1]).any(axis=1)
+        return "+".join(axis for axis, moves in zip(mesh.shape, moving, strict=True) if moves)
+
+
+def collectives(program: Program, devices: int) -> list[Collective]:
+    """List the collectives of a program for so many devices; those among one device only are none."""
+    found = []
+    seen: set[tuple[str, str]] = set()
+    hidden = _asynchronous(program)
+    for name, instruction, times in program.walk():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+        if chain:
+            # A TPU spreads one collective over several fusions; each of them shows it, with the same channel.
+            channel = instruction.attribute("channel_id"), chain[1]
+            if channel in seen:
+                continue
+            seen.add(channel)
+        groups = replica_groups(instruction.attributes, devices)
+        if groups.shape[1] == 1:
+            continue
+        if name.startswith("all-reduce-scatter"):  # how a TPU writes a reduce-scatter
+            kind = "reduce-scatter"
+        found.append(
+            Collective(
+                kind=kind,
+                bytes=_bytes(program, name, instruction, kind, groups.shape[1]),
+                times=times,
+                groups=groups,
+                overlapped=bool(chain) or name in hidden or _covered(program, name, instruction),
+                source=instruction.source,
+            )
+        )
+    return found
+
+
+def _bytes(program: Program, computation: str, instruction: Instruction, kind: str, size: int) -> int:
+    operands = [program.computations[computation].get(name) for name in instruction.operands]
+    taken = sum(array.bytes for operand in operands if operand is not None for array in operand.arrays)
+    return taken * size if kind == "all-gather" else taken
+
+
+def _asynchronous(program: Program) -> frozenset[str]:
+    """Computations that run beside others (`async-start`)."""
+    started = (i for _, i, _ in program.walk() if i.opcode == "async-start")
+    return frozenset(i.attribute("calls") for i in started)
+
+
+def _covered(program: Program, computation: str, start: Instruction) -> bool:
+    """Tell whether there is work between the start and the end of a collective."""
+    if not start.opcode.endswith("-start"):
+        return False
+    inside = False
+    for instruction in program.computations[computation].values():
+        if instruction is start:
+            inside = True
+        elif inside and start.name in instruction.operands and instruction.opcode.endswith("-done"):
+            return False
+        elif inside and instruction.opcode in WORK:
+            return True
+    return False
+
+
+def replica_groups(attributes: str, devices: int) -> Groups:
+    """Read which devices talk to each other, in any of XLA's notations.
+
+    {{0,2},{1,3}} lists them; [2,4]<=[4,2]T(1,0) is 0 ... n - 1 reshaped, transposed and reshaped again; and
+    mesh['a'=4,'b'=2] {'a'} names axes of a mesh. A permutation lists pairs.
+    """
+    if pairs := re.search(r"source_target_pairs=\{([^=]*)\}", attributes):
+        return _listed(pairs[1])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", attributes):
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        sizes = [int(size) for size in axes.values()]
+        ids = _iota(named[2], devices) if named[2] else np.arange(devices)
+        chosen = [list(axes).index(axis) for axis in re.findall(r"'(\w+)'", named[3])]
+        moved = np.moveaxis(ids.reshape(sizes), chosen, range(-len(chosen), 0))
+        return moved.reshape(-1, math.prod(sizes[i] for i in chosen))
+    if short := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]*\](?:T\([\d,]*\))?)", attributes):
+        return _iota(short[3], devices).reshape(int(short[1]), int(short[2]))
+    listed = re.search(r"replica_groups=\{(.*?)\}(?:,|$|\s)(?!\{)", attributes)
+    groups = _listed(listed[1]) if listed and "{" in listed[1] else np.zeros((0, 0), np.int64)
+    return groups if groups.size else np.arange(devices)[None]
+
+
+def _iota(text: str, devices: int) -> Groups:
+    """[4,2]T(1,0): the numbers 0 ... devices - 1 in this shape, transposed."""
+    shape, _, order = text.partition("T")
+    ids = np.arange(devices).reshape([int(n) for n in re.findall(r"\d+", shape)])
+    return ids.transpose([int(n) for n in re.findall(r"\d+", order)]) if order else ids
+
+
+def _listed(text: str) -> Groups:
+    groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
+    return np.asarray(groups, np.int64)
+
+
+def totals(found: list[Collective]) -> Iterator[tuple[str, int, int]]:
+    """Yield (kind, bytes, calls) of a step, largest first: what a golden file holds."""
+    kinds = {c.kind for c in found}
+    sums = ((kind, [c for c in found if c.kind == kind]) for kind in kinds)
+    rows = [(kind, sum(c.bytes * c.times for c in own), sum(c.times for c in own)) for kind, own in sums]
+    yield from sorted(rows, key=lambda row: -row[1])

@@ -1,0 +1,152 @@
+"""What a step takes, estimated from its trace, where no compiler is at hand.
+
+Memory: what is alive at each operation, in the order of the program, with everything fused that is not a product, a
+sum, a gather or a loop. The compiler orders and fuses better or worse; `docs/plan.md` says how far the two lie apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from transformer_jax.planning.trace import Operation, Trace, Value
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A collective that the layout of parameters asks for."""
+
+    kind: str
+    axis: str
+    bytes: int
+    """Of the whole array on one device."""
+    times: int
+
+
+@dataclass
+class Estimate:
+    """Of one device and one step."""
+
+    flops: int = 0
+    """Of the matrix products that are computed, recomputation included."""
+    traffic: int = 0
+    """Bytes between memory and arithmetic units."""
+    peak: list[tuple[Value, int]] = field(default_factory=list)
+    """Arrays alive where most is taken, with their bytes; arguments are not among them."""
+    exchanges: list[Exchange] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes at the peak."""
+        return sum(size for _, size in self.peak)
+
+
+def estimate(program: Trace, sizes: Mapping[str, int], gathered: frozenset[str]) -> Estimate:
+    """Add up a traced step on a mesh of these sizes.
+
+    Args:
+        program: the step on the rows of one device.
+        sizes: of the axes of the mesh.
+        gathered: axes over which parameters are put together before they are used.
+    """
+    return _Reader(sizes, gathered).read(program, set(), top=True)
+
+
+@dataclass
+class _Reader:
+    sizes: Mapping[str, int]
+    gathered: frozenset[str]
+
+    def read(self, program: Trace, free: set[Value], *, top: bool) -> Estimate:
+        """Walk once; `free` are values that take no memory of their own."""
+        result = Estimate()
+        free = free | set(program.inputs)
+        last: dict[Value, int] = {}
+        for at, operation in enumerate(program.operations):
+            for value in operation.inputs:
+                last |= dict.fromkeys(value.roots, at)
+        for value in program.outputs:
+            last |= dict.fromkeys(value.roots, len(program.operations))
+        alive: dict[Value, int] = {}
+        most = -1
+        for at, operation in enumerate(program.operations):
+            inside: list[tuple[Value, int]] = []
+            if operation.body is not None:
+                inside = self._loop(operation, result)
+            else:
+                result.flops += self._products(operation)
+                result.traffic += self._moved(operation)
+                inside = self._exchanged(operation, result)
+            for value in operation.outputs:
+                if value not in free and last.get(value, -1) > at:
+                    alive[value] = value.bytes(self.sizes)
+                elif value not in free:
+                    inside.append((value, value.bytes(self.sizes)))
+            now = sum(alive.values()) + sum(size for _, size in inside)
+            if now > most:
+                most, result.peak = now, [*alive.items(), *inside]
+            for value in [v for v in alive if last[v] <= at]:
+                del alive[value]
+        if top:
+            for value in program.outputs:
+                result.traffic += value.bytes(self.sizes) + sum(root.bytes(self.sizes) for root in value.roots)
+        return result
+
+    def _loop(self, operation: Operation, result: Estimate) -> list[tuple[Value, int]]:
+        assert operation.body is not None
+        # What a turn stacks is written into its place at once.
+        stacked = {value for value in operation.body.outputs[operation.carried :] if value.roots == {value}}
+        one = self.read(operation.body, stacked, top=False)
+        result.flops += operation.turns * one.flops
+        result.traffic += operation.turns * one.traffic
+        result.exchanges += [
+            Exchange(e.kind, e.axis, e.bytes, e.times * operation.turns) for e in one.exchanges
+        ]
+        return one.peak
+
+    def _products(self, operation: Operation) -> int:
+        if operation.name != "dot_general":
+            return 0
+        (summed, other), _ = operation.parameters["dimension_numbers"]
+        left, right = operation.inputs
+        axes = {a for v in (left, right) for _, a in v.layout if a not in self.gathered}
+        parts = math.prod(self.sizes[axis] for axis in axes)
+        return 2 * math.prod(operation.outputs[0].shape) * math.prod(left.shape[d] for d in summed) // parts
+
+    def _moved(self, operation: Operation) -> int:
+        made = sum(value.bytes(self.sizes) for value in operation.outputs)
+        if operation.name == "gather":
+            return 2 * made
+        if operation.name.startswith("reduce_"):
+            return made  # done while its input is computed
+        roots = frozenset[Value]().union(*(value.roots for value in operation.inputs))
+        return made + sum(root.bytes(self.sizes) for root in roots)
+
+    def _exchanged(self, operation: Operation, result: Estimate) -> list[tuple[Value, int]]:
+        """Record the collectives that an operation needs; return what they put together, which takes memory."""
+        together: list[tuple[Value, int]] = []
+        if operation.name == "dot_general":
+            for value in operation.inputs:
+                for _, axis in value.layout:
+                    if axis in self.gathered and self.sizes[axis] > 1:
+                        size = value.bytes(self.sizes) * self.sizes[axis]
+                        result.exchanges.append(Exchange("all-gather", axis, size, 1))
+                        together.append((value, size))
+        for axis in _summed(operation):
+            if axis not in self.gathered and self.sizes[axis] > 1:
+                size = sum(value.bytes(self.sizes) for value in operation.outputs)
+                result.exchanges.append(Exchange("all-reduce", axis, size, 1))
+        return together
+
+
+def _summed(operation: Operation) -> set[str]:
+    """Axes over which an operation adds up (or compares) parts of different devices."""
+    if operation.name == "dot_general":
+        (left, right), _ = operation.parameters["dimension_numbers"]
+        over = [(operation.inputs[0], left), (operation.inputs[1], right)]
+    elif operation.name.startswith(("reduce_", "arg")):
+        over = [(operation.inputs[0], operation.parameters.get("axes", ()))]
+    else:
+        return set()
+    return {axis for value, dims in over for d, axis in value.layout if d in dims}

@@ -1,0 +1,120 @@
+"""Where a run is planned for: a TPU slice or a number of GPUs, by name, and its devices although none is here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from jax.experimental import topologies
+
+from transformer_jax.errors import UserError, closest
+from transformer_jax.hardware import CHIPS, Chip, chip_of
+from transformer_jax.launch.slices import Slice, find_slice
+
+
+@dataclass(frozen=True)
+class Target:
+    """Equal devices, some to a host."""
+
+    name: str
+    chip: Chip
+    devices: int
+    """JAX devices in all."""
+    hosts: int
+    slice: Slice | None = None
+    """For TPUs."""
+
+    @property
+    def per_host(self) -> int:
+        """Devices of one host."""
+        return self.devices // self.hosts
+
+    def describe(self) -> str:
+        """Say what the name stands for, in one line."""
+        hosts = "1 host" if self.hosts == 1 else f"{self.hosts} hosts"
+        return self.slice.describe() if self.slice else f"{self.name}: {self.devices} GPUs on {hosts}"
+
+    def stand_ins(self) -> list[Any]:
+        """Return objects that a mesh takes for the devices: they have kind and place, and can do nothing."""
+        if self.slice is None:
+            return [
+                StandIn(i, "gpu", self.chip.kinds[0], (i % self.per_host, 0, 0), 0, i // self.per_host)
+                for i in range(self.devices)
+            ]
+        x, y, z = (*self.slice.topology, 1)[:3]
+        places = ((a, b, c) for c, b, a in itertools.product(range(z), range(y), range(x)))
+        cores = self.slice.generation.devices
+        return [
+            StandIn(i, "tpu", self.chip.kinds[0], place, core, i // self.per_host)
+            for i, (place, core) in enumerate(itertools.product(places, range(cores)))
+        ]
+
+    def compile_devices(self) -> list[Any] | None:
+        """Return devices that XLA can compile for, or None if the compiler of this platform is not installed."""
+        if self.slice is None:
+            return None
+        if not _installed("libtpu"):
+            return None
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a metadata server that is not there
+        generation = self.slice.generation
+        shape = self.slice.topology
+        more: dict[str, Any] = {}
+        if self.slice.chips == 1:
+            more["chips_per_host_bounds"] = (1, 1, 1)
+        if generation.name == "v4":
+            more["chip_config_name"] = "megacore"  # one device a chip, as on Cloud TPU
+        name = f"{generation.name}:{'x'.join(map(str, shape))}"
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices)
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What JAX's mesh asks of a device."""
+
+    id: int
+    platform: str
+    device_kind: str
+    coords: tuple[int, int, int]
+    core_on_chip: int
+    process_index: int
+    slice_index: int = 0
+    client: None = None
+
+
+def find_target(name: str) -> Target:
+    """Return what `name` stands for: a TPU slice (v5e-16, v5p-128, v4-32) or GPUs (h100-8, a100-80gb-16).
+
+    Raises:
+        UserError: there is none; the closest is named.
+    """
+    kind, _, number = name.strip().lower().rpartition("-")
+    gpus = {chip.name: chip for chip in CHIPS if chip.platform == "gpu"}
+    if kind in gpus and re.fullmatch("[1-9][0-9]*", number):
+        chip, devices = gpus[kind], int(number)
+        hosts = -(-devices // chip.devices_per_host)
+        if devices % hosts:
+            raise UserError(f"--on {name}: {devices} GPUs do not fill {hosts} hosts of {chip.devices_per_host}.")
+        return Target(name, chip, devices, hosts)
+    try:
+        found = find_slice(name)
+    except UserError as error:
+        if near := closest(name.lower(), [f"{gpu}-8" for gpu in gpus]):
+            raise UserError(f"there is neither a TPU slice nor a GPU '{name}'.{near}") from error
+        raise
+    known = chip_of(found.generation.name)
+    if known is None:
+        raise UserError(f"nothing is known of the chips of {found.name}; see transformer_jax/hardware.py.")
+    return Target(found.name, known, found.devices, found.hosts, found)
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+

@@ -1,0 +1,1 @@
+"""Small tasks for `tjax prompt`, and how they were made; README.md beside this file says what is in them."""
