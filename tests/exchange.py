@@ -10,6 +10,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tests.fixtures.random_weights import tensors
+from transformer_jax.config import ComputeConfig
+from transformer_jax.interop.families import reader_of
+from transformer_jax.interop.fields import Fields
+from transformer_jax.interop.importing import read_model
+from transformer_jax.interop.tensors import Tensors
+from transformer_jax.nn.module import Skeleton
+from transformer_jax.nn.stack import unstack_layers
 
 CASES = (
     *("bert_tiny", "bert_mini", "bert_small", "bert_medium", "bert_base", "bert_large"),
@@ -54,3 +61,12 @@ def write(folder: Path, config: dict, arrays: dict[str, np.ndarray]) -> Path:
 def folder_of(case: str, folder: Path) -> Path:
     """Write the folder of a case."""
     return write(folder, config_of(case), tensors_of(case))
+
+
+def imported(case: str, folder: Path, compute: ComputeConfig):
+    """The model of a case with the weights of its folder, and its configuration."""
+    fields = Fields.load(folder_of(case, folder) / "config.json")
+    with Tensors(folder) as opened:
+        config, params, _ = read_model(reader_of(fields), fields, opened)
+    skeleton = Skeleton.of(config, compute)
+    return skeleton.bind(unstack_layers(params, skeleton.abstract)), config

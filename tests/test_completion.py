@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import processors
 
 from tests.tiny import tiny
 from tests.tiny_gpt import BYTES, CHARACTERS, GPT2, MODERN, completer, random_params, run_folder
@@ -30,6 +32,7 @@ ENCODER = PromptEncoder(CHARACTERS, 48)
 GREEDY = Generation(max_tokens=17, temperature=0.0)
 SAMPLED = Generation(max_tokens=17, n=2, top_k=9, top_p=0.9, repetition_penalty=1.1, seed=4)
 PROMPTS = ["Give me ", "W", "Have mercy, Je", ""]
+LONG = "Give me my horse: bind up my wounds. Have m"
 MODELS = {"gpt2": GPT2, "modern": MODERN}
 
 
@@ -88,21 +91,15 @@ def test_a_ragged_batch_is_its_rows_one_by_one() -> None:
 
 
 def test_a_sample_depends_on_seed_and_number_alone() -> None:
-    one = opened()
-    single = [row.tokens for row in one.complete_all(PROMPTS[:2], replace(SAMPLED, n=1))]
-    assert single == [row.tokens for row in sampled()[:4:2]]
-    assert single == [row.tokens for row in one.complete_all(PROMPTS[:2], replace(SAMPLED, n=1, batch=1))]
-    assert single != [row.tokens for row in one.complete_all(PROMPTS[:2], replace(SAMPLED, n=1, seed=5))]
+    first = [row.tokens for row in sampled()[::2]]
+    single = replace(SAMPLED, n=1, batch=2)
+    assert [row.tokens for row in opened().complete_all(PROMPTS, single)] == first
+    assert [row.tokens for row in opened().complete_all(PROMPTS, replace(single, seed=5))] != first
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)])
-def test_eight_devices_write_what_one_writes(mesh: MeshConfig) -> None:
-    many = completer(devices=8, mesh=mesh)
-    assert [row.tokens for row in many.complete_all(PROMPTS, SAMPLED)] == [row.tokens for row in sampled()]
-
-
-def test_eight_devices_score_as_one_does() -> None:
+def test_eight_devices_write_and_score_as_one_does() -> None:
     many = completer(devices=8, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    assert [row.tokens for row in many.complete_all(PROMPTS, SAMPLED)] == [row.tokens for row in sampled()]
     pairs = [("Give me", " my horse"), ("Was ever", " dream")]
     for a, b in zip(many.score(pairs), opened().score(pairs), strict=True):
         np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=1e-4)
@@ -125,23 +122,27 @@ def test_each_bucket_compiles_once_whatever_the_values(caplog: pytest.LogCapture
 def begun(prompt: str) -> Writing:
     one = opened()
     ids = one.encoder.encode([prompt])
-    options = {"sample_R": [0], "limit_R": [9], "seed": 0, "filters": GREEDY.filters()}
+    options = {"sample_R": [0], "limit_R": [5], "seed": 0, "filters": GREEDY.filters()}
     return one._decoding.prefill(one._weights, ids, [0], **options)
 
 
 def test_the_cache_is_donated() -> None:
-    one, writing = opened(), begun("Give me")
+    one, writing = opened(), begun(LONG)
     place = writing.state.past[0].seen.k_BSKH.unsafe_buffer_pointer()
     after, _ = one._decoding.advance(one._weights, writing, [False], GREEDY.filters(), 2, alternatives=0)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(writing.state))
     assert after.state.past[0].seen.k_BSKH.unsafe_buffer_pointer() == place
 
 
+@cache
+def cut_off() -> Completion:
+    """A prompt that leaves room for a few tokens only."""
+    return next(opened().complete_all([LONG], GREEDY))
+
+
 def test_sliding_layers_keep_no_more_than_their_window_and_slack() -> None:
-    prompt = "Give me my horse: bind up my"
-    row = next(opened().complete_all([prompt], GREEDY))
-    assert row.tokens == anew("modern", prompt, GREEDY.max_tokens)
-    assert [cache.positions_BS.shape[1] for cache in begun(prompt).state.past] == [49, 5 + SLACK]
+    assert cut_off().tokens == anew("modern", LONG, 48 + 1 - len(LONG))
+    assert [cache.positions_BS.shape[1] for cache in begun(LONG).state.past] == [49, 5 + SLACK]
 
 
 def test_text_comes_in_pieces_that_make_the_whole() -> None:
@@ -192,14 +193,24 @@ def test_a_stop_string_ends_the_row_and_only_it() -> None:
 
 
 def test_a_completion_says_why_it_ends() -> None:
-    rows = list(opened().complete_all(PROMPTS, replace(SAMPLED, max_tokens=100, temperature=2.0, top_k=30)))
-    assert {row.finish for row in rows} == {"eos", "context"}
+    rows = [cut_off(), *greedy(), *sampled()]
+    assert {row.finish for row in rows} == {"eos", "context", "length"}
     for row in rows:
         read = len(ENCODER.encode([row.prompt])[0]) + len(row.tokens)
-        assert (row.tokens[-1] == CHARACTERS.eos) == (row.finish == "eos")
-        assert row.finish == "eos" or read == 48 + 1
+        assert (row.finish == "eos") == (row.tokens[-1] == CHARACTERS.eos)
+        assert (row.finish == "context") == (read == 48 + 1)
+        assert (row.finish == "length") == (len(row.tokens) == 17 and row.tokens[-1] != CHARACTERS.eos)
         assert len(row.log_probs) == len(row.tokens)
-    assert {row.finish for row in sampled()} <= {"eos", "length"}
+
+
+def test_a_prompt_begins_as_its_tokenizer_says() -> None:
+    assert ENCODER.prefix == []
+    assert ENCODER.encode(["", "W"]) == [[CHARACTERS.eos], CHARACTERS.encode_batch(["W"])[0]]
+    inner = tokenizers.Tokenizer.from_str(CHARACTERS.to_json())
+    inner.post_processor = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    like_llama = PromptEncoder(Tokenizer(inner), 48)
+    assert like_llama.encode(["", "W"]) == [[1], [1, *CHARACTERS.encode_batch(["W"])[0]]]
+    assert like_llama.encode_pairs([("", "W")]) == [([1], CHARACTERS.encode_batch(["W"])[0])]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -256,7 +267,7 @@ def test_nothing_is_loaded_before_the_input_is_checked() -> None:
     for prompts, generation, message in (
         (["Give me é"], GREEDY, r"the prompt: the tokenizer does not know 'é' \(character 9\)"),
         (["Was", "x" * 3], GREEDY, r"the prompt, line 2: the tokenizer does not know 'x' \(character 1\)"),
-        (["W" * 60], GREEDY, "has 61 tokens, but the model reads at most 48; shorten it by 13"),
+        (["W" * 60], GREEDY, "has 60 tokens, but the model reads at most 48; shorten it by 12"),
         (["Was"], replace(GREEDY, temperature=-1.0), "--temperature"),
         (["Was"], replace(GREEDY, top_k=99), "vocabulary of 36"),
         (["Was"], replace(GREEDY, n=0), "--n must be at least 1"),

@@ -22,7 +22,7 @@ from transformer_jax.fewshot import bootstrap, chance, evaluate, wilson
 from transformer_jax.generation import Generation
 from transformer_jax.task_file import Item, Task, bundled_tasks, read_task
 
-MODEL = replace(MODERN, context=128)
+MODEL = replace(MODERN, context=128, layers=1, windows=(9,))
 COLOURS = Task(
     "colours",
     "choice",

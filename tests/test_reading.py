@@ -146,6 +146,7 @@ def test_another_vocabulary_or_size_is_one_line(folder, pretrained, kinds):
         verbs.train(replace(start, init=InitConfig(run=str(folder / "nowhere"))), folder / "never")
 
 
+@pytest.mark.slow
 def test_classes_are_learnt_scored_and_named(classifier, capsys):
     outputs = list(Reader.open(classifier).classify(["7 owl sleeps", "8 dog sleeps", "9 hen sleeps"]))
     assert [output.label for output in outputs] == ["bird", "other", "bird"]
@@ -160,6 +161,7 @@ def test_classes_are_learnt_scored_and_named(classifier, capsys):
     assert json.loads(capsys.readouterr().out)["texts"][0]["label"] == "bird"
 
 
+@pytest.mark.slow
 def test_answers_are_cut_out_of_the_text(folder, pretrained, capsys):
     rows = []
     for i in range(120):

@@ -162,10 +162,10 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 def test_log_probabilities_are_those_of_the_model_before_any_filter() -> None:
     filters = Filters(temperature=0.5, top_k=3)
-    _, chunk = run(begin(4, [9] * 4), STEPS, filters, alternatives=2)
-    table_BTVV, _ = begin(4, [9] * 4).state
+    _, chunk = run(begin(5, [9] * 5), STEPS, filters, alternatives=2)
+    table_BTVV, _ = begin(5, [9] * 5).state
     ranked_BCN, ranked_log_prob_BCN = chunk.ranked_BCN
-    for row in range(4):
+    for row in range(5):
         last = 0
         for place, token in enumerate(written([chunk], row)):
             log_probs_V = jax.nn.log_softmax(table_BTVV[row, place, last])
@@ -178,9 +178,9 @@ def test_log_probabilities_are_those_of_the_model_before_any_filter() -> None:
 
 def test_the_penalty_reaches_tokens_as_they_are_written() -> None:
     filters = Filters(repetition_penalty=1e6)  # greedy, and nothing twice while anything is left
-    _, chunk = run(begin(6, [5] * 6, penalised=True), STEPS, filters)
-    table_BTVV, _ = begin(6, [5] * 6).state
-    for row in range(6):
+    _, chunk = run(begin(5, [5] * 5, penalised=True), STEPS, filters)
+    table_BTVV, _ = begin(5, [5] * 5).state
+    for row in range(5):
         seen, last = {0}, 0
         for place, token in enumerate(written([chunk], row)):
             x_V = np.asarray(table_BTVV[row, place, last], np.float64)

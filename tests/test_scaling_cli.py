@@ -103,6 +103,7 @@ def test_fit_prints_a_table_and_next_a_ranking(tjax, points):
         (("fit", "points.csv", *COLUMNS, "--bootstraps", "2"), ["--bootstraps must be at least 20"]),
         (("fit", "points.csv", *COLUMNS, "--budgets", "-1"), ["--budgets must be positive"]),
         (("fit", "few.csv", "--approaches", "A3"), ["A3 has 5 parameters and needs 6 runs: there are 3, so 3 more"]),
+        (("fit", "few.csv"), ["A3 has 5 parameters and needs 6 runs: there are 3, so 3 more"]),
         (("fit", "one.csv", "--approaches", "A3"), ["A3 needs 3 different model sizes N: there is 1 only"]),
         (("next", "points.csv", *COLUMNS), ["--budget must be positive"]),
         (("next", "points.csv", *COLUMNS, "--budget", "1"), ["buys no run near the table"]),

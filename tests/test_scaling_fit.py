@@ -45,11 +45,11 @@ def test_the_fit_is_the_same_at_any_scale_and_unit_of_loss():
 
 def test_no_other_optimiser_goes_lower():
     runs = noisy(iso_flops(LAW, THETA, first=1e11, budgets=4, sizes=6), 0.01, 1)
-    found = fit(LAW, runs.N, runs.D, runs.loss)
-    other = scipy_loop(runs.N, runs.D, runs.loss, timed=15)
+    found = fit(LAW, runs.N, runs.D, runs.loss, every=9)
+    other = scipy_loop(runs.N, runs.D, runs.loss, timed=6)
     assert found.objective <= other.objective * (1 + 1e-9)
     np.testing.assert_allclose(found.theta, other.theta, rtol=1e-4)
-    assert (found.starts, other.starts) == (4500, 4500)
+    assert (found.starts, other.starts) == (500, 4500)  # Hoffmann 2022, D.3
 
 
 def test_the_rest_of_the_library_keeps_its_precision():
@@ -60,11 +60,11 @@ def test_the_rest_of_the_library_keeps_its_precision():
 
 def test_a_resample_is_a_fit_of_the_repeated_runs():
     runs = noisy(iso_flops(LAW, THETA, first=1e11, budgets=4, sizes=6), 0.01, 2)
-    found = fit(LAW, runs.N, runs.D, runs.loss)
+    found = fit(LAW, runs.N, runs.D, runs.loss, every=9)
     weight = weights(runs, "run", 3, seed=0)
     again = refit(found, runs.N, runs.D, runs.loss, weight)
     repeated = runs.take(np.repeat(np.arange(len(runs)), weight[1].astype(int)))
-    np.testing.assert_allclose(again[1], fit(LAW, repeated.N, repeated.D, repeated.loss).theta, rtol=1e-4)
+    np.testing.assert_allclose(again[1], fit(LAW, repeated.N, repeated.D, repeated.loss, every=9).theta, rtol=1e-4)
 
 
 @every_form
@@ -105,7 +105,7 @@ def test_one_size_or_one_ratio_determine_nothing():
 
 
 def test_intervals_cover_the_truth():
-    """95 % intervals cover it in at least 90 % of 200 draws of 36 runs; at most all but a few, or they are too wide."""
+    """95 % intervals cover it in at least 90 % of 200 draws of 36 runs."""
     draws, resamples, sigma = 200, 200, 0.005
     runs = iso_flops(LAW, THETA, first=1e11, budgets=6, sizes=6)
     rng = np.random.default_rng(0)
@@ -117,20 +117,26 @@ def test_intervals_cover_the_truth():
     begin, losses = (np.repeat(array, resamples, axis=0) for array in (points.theta, y))
     found = minimise(LAW, begin, table.n, table.d, losses, weight, 1e-3)
     assert found.converged.mean() > 0.999
-    theta = table.out(LAW, found.theta).reshape(draws, resamples, 5)
-    line, C = frontier(LAW, theta), 100 * runs.C.max()
-    truth = frontier(LAW, THETA[None])
-    estimates = {
-        "alpha": (theta[..., 1], THETA[1]),
-        "beta": (theta[..., 3], THETA[3]),
-        "E": (theta[..., 4], THETA[4]),
-        "a": (line.a, truth.a[0]),
-        "N at 100 times the largest budget": (line.N(C), truth.N(C)[0]),
-    }
-    for name, (samples, true) in estimates.items():
-        bounds = np.array([interval(row) for row in samples])
-        covered = np.mean((bounds[:, 0] <= true) & (true <= bounds[:, 1]))
-        assert 0.90 <= covered < 1, (name, covered)
+    C, truth = 100 * runs.C.max(), frontier(LAW, THETA[None])
+
+    def quantities(theta):
+        line = frontier(LAW, theta)
+        return {
+            "alpha": theta[..., 1],
+            "beta": theta[..., 3],
+            "E": theta[..., 4],
+            "a": line.a,
+            "log N*": np.log(line.N(C)),
+        }
+
+    true = {"alpha": THETA[1], "beta": THETA[3], "E": THETA[4], "a": truth.a[0], "log N*": np.log(truth.N(C)[0])}
+    estimates = quantities(table.out(LAW, points.theta))
+    for name, samples in quantities(table.out(LAW, found.theta).reshape(draws, resamples, 5)).items():
+        low, high = np.array([interval(row) for row in samples]).T
+        covered = np.mean((low <= true[name]) & (true[name] <= high))
+        assert covered >= 0.90, (name, covered)
+        # Nor are they wide for nothing: twice what the scatter of the estimates calls for at most.
+        assert np.median(high - low) < 2 * 2 * 1.96 * estimates[name].std(), name
 
 
 @pytest.fixture(scope="module")

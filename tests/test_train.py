@@ -178,12 +178,13 @@ def test_every_optimizer_treats_stacked_layers_as_layers(kind):
     assert min(jax.tree.leaves(moved)) > 1e-5
 
 
-@pytest.mark.parametrize("kind", ["lamb", "adafactor", "muon"])
-def test_every_optimizer_trains_on_a_mesh(batch, kind):
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adafactor", "muon"])
+def test_optimizers_with_states_of_their_own_shape_train_on_a_mesh(batch, kind):
     experiment = replace(EXPERIMENT, optim=replace(EXPERIMENT.optim, kind=kind))
-    single = steps(replace(experiment, mesh=ONE), batch, devices=jax.devices()[:1])
-    experiment = replace(experiment, mesh=MeshConfig(2, 2, 2), compute=ComputeConfig(layers="scan"))
-    assert_same(steps(experiment, batch), single)
+    single = steps(replace(experiment, mesh=ONE), batch, n=1, devices=jax.devices()[:1])
+    experiment = replace(experiment, mesh=MeshConfig(1, 2, 2), compute=ComputeConfig(layers="scan"))
+    assert_same(steps(experiment, batch, n=1, devices=jax.devices()[:4]), single)
 
 
 @pytest.mark.parametrize(

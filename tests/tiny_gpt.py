@@ -27,8 +27,10 @@ TEXT = [
 CHARACTERS = Tokenizer.characters(TEXT[:2])
 BYTES = Tokenizer.train(TEXT, 300)
 
-GPT2 = GPTConfig(context=48, width=24, layers=2, heads=4, feedforward=40, init_std=0.5)
-MODERN = replace(GPT2, kv_heads=2, windows=(0, 5), positions="rope", norm="rmsnorm", activation="silu", gated=True)
+GPT2 = GPTConfig(context=48, width=24, layers=1, heads=4, feedforward=40, init_std=0.5)
+MODERN = replace(
+    GPT2, layers=2, kv_heads=2, windows=(0, 5), positions="rope", norm="rmsnorm", activation="silu", gated=True
+)
 """A dense layer and a sliding one."""
 
 

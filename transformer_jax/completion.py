@@ -95,11 +95,14 @@ class Completer:
             UserError: the draft has another vocabulary, or drafts too much.
         """
         check_drafted(draft_tokens)
-        ours, theirs = self.config.vocab_size, draft.config.vocab_size
-        if ours != theirs or self.tokenizer.fingerprint != draft.tokenizer.fingerprint:
+        ours, theirs = (c.tokenizer.tokens(range(c.config.vocab_size)) for c in (self, draft))
+        if ours != theirs:
+            places = (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+            first = next(places, min(len(ours), len(theirs)))
             raise UserError(
-                f"the draft '{draft.experiment.name}' has another vocabulary ({theirs} tokens) than "
-                f"'{self.experiment.name}' ({ours}); train both with one tokenizer."
+                f"the draft '{draft.experiment.name}' has another vocabulary ({len(theirs)} tokens) than "
+                f"'{self.experiment.name}' ({len(ours)}), which differs from token {first} on; "
+                "train both with one tokenizer."
             )
         return replace(self, draft=draft, draft_tokens=draft_tokens)
 

@@ -1,7 +1,8 @@
 """Speculative decoding: a small model drafts tokens, the large one reads them all at once and keeps what it agrees to.
 
 Leviathan 2023, algorithm 1. What is written has exactly the distribution of the large model, filters included, since
-both models draw through the same ones; greedy output is token-identical. A bad draft costs time, never quality.
+both models draw through the same ones; greedy output is token-identical (but for ties within rounding, since several
+positions are computed at once). A bad draft costs time, never quality.
 """
 
 from __future__ import annotations

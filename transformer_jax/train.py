@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
+from jax.tree_util import DictKey
 
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
@@ -98,14 +100,15 @@ class Trainer:
         """Layout of the state: moments lie like their parameters; counters, factors and norms on every device."""
         whole = replicated(self.mesh)
         params = parameter_shardings(self.skeleton.abstract, self.skeleton.letters, self.mesh)
-        opt_state = optax.tree.map_params(
-            self.tx,
-            lambda moment, sharding, param: sharding if moment.shape == param.shape else whole,
-            self.abstract_state().opt_state,
-            params,
-            self.skeleton.abstract,
-            transform_non_params=lambda _: whole,
-        )
+        shapes = {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(self.skeleton.abstract)}
+        layouts = dict(jax.tree_util.tree_leaves_with_path(params))
+
+        def layout(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+            # Every transformation keeps its moments in trees like that of the parameters, some with parts left out.
+            inside = tuple(reversed(list(takewhile(lambda key: isinstance(key, DictKey), reversed(path)))))
+            return layouts[inside] if shapes.get(inside) == leaf.shape else whole
+
+        opt_state = jax.tree_util.tree_map_with_path(layout, self.abstract_state().opt_state)
         return TrainState(step=whole, params=params, opt_state=opt_state, key=whole)
 
     def put(self, batch: Batch) -> Batch:

@@ -10,7 +10,17 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from transformer_jax.cli import benchmarks, exchange, generation, launching, reading, scaling, training, translation
+from transformer_jax.cli import (
+    benchmarks,
+    exchange,
+    generation,
+    launching,
+    planning,
+    reading,
+    scaling,
+    training,
+    translation,
+)
 from transformer_jax.cli.verb import Verb
 from transformer_jax.errors import Interrupted, UserError, closest
 from transformer_jax.logs import say
@@ -21,6 +31,7 @@ VERBS: dict[str, Verb] = (
     | reading.VERBS
     | generation.VERBS
     | benchmarks.VERBS
+    | planning.VERBS
     | launching.VERBS
     | exchange.VERBS
     | scaling.VERBS

@@ -32,7 +32,7 @@ class GenerateOptions(Generation):
     file: str = ""
     """Text file with a prompt a line instead (- reads standard input)."""
     draft: str = ""
-    """Run folder of a smaller model that drafts for this one: the same greedy text, and the same distribution, faster."""
+    """Run folder of a smaller model that drafts for this one: greedy text and distribution stay the same."""
     draft_tokens: int = 4
     """Tokens it drafts at a time."""
     average: int = 1
@@ -85,6 +85,7 @@ def _generate(run: str, options: GenerateOptions) -> int:
         for row in completer.complete_all(prompts, generation, speed):
             rows.append(row)
             if not options.json:
+                say(f"prompt {prompts.index(row.prompt) + 1}, sample {row.sample + 1}:")
                 sys.stdout.write(row.text + "\n")
                 sys.stdout.flush()
     else:

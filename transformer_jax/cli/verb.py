@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import re
 import sys
@@ -48,7 +49,7 @@ class Verb:
     def _target(self, name: str, argv: list[str]) -> tuple[str, list[str]]:
         """Take the target from the front; `tjax VERB --help` explains the verb without one."""
         if argv and argv[0] in ("-h", "--help"):
-            sys.stdout.write(f"usage: tjax {name} {self.target} [options]\n\n{self.options.__doc__}\n\n")
+            sys.stdout.write(f"usage: tjax {name} {self.target} [options]\n\n{inspect.getdoc(self.options)}\n\n")
             sys.stdout.write(f"`tjax {name} {self.target.split()[0]} --help` lists every option.\n")
             sys.exit(0)
         if not argv or argv[0].startswith("-"):

@@ -98,7 +98,7 @@ def _read(fields: Fields, names: frozenset[str]) -> BertConfig:
         pruned_heads={},
     )
     task: Any = _task(fields, names)
-    labels = len(fields.take("id2label", dict, {"0": "LABEL_0", "1": "LABEL_1"})) if task in ("classify", "tag") else 0
+    labels = len(fields.take("id2label", dict, {})) or fields.take("num_labels", int, 2)
     return BertConfig(
         vocab_size=fields.take("vocab_size", int, 30_522),
         context=fields.take("max_position_embeddings", int, 512),
@@ -112,7 +112,7 @@ def _read(fields: Fields, names: frozenset[str]) -> BertConfig:
         dropout=fields.take("hidden_dropout_prob", float, 0.1),
         init_std=fields.take("initializer_range", float, 0.02),
         task=task,
-        labels=labels,
+        labels=labels if task in ("classify", "tag") else 0,
     )
 
 
@@ -134,6 +134,7 @@ def _write(config: BertConfig) -> dict[str, Any]:
         "attention_probs_dropout_prob": config.dropout,
         "initializer_range": config.init_std,
         "tie_word_embeddings": True,
+        **({"id2label": {str(i): f"LABEL_{i}" for i in range(config.labels)}} if config.labels else {}),
     }
 
 

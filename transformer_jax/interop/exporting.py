@@ -40,8 +40,6 @@ def export_run(run: Path, folder: Path, tokenizer: str, shard_bytes: int) -> dic
         _write_tokenizer(words, folder, config.context)
     if labels := load_labels(run):
         values |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    elif getattr(config, "labels", 0):
-        values["id2label"] = {i: f"LABEL_{i}" for i in range(config.labels)}
     values["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     skeleton, params = load(run, config)

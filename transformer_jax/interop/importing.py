@@ -18,7 +18,7 @@ from transformer_jax.interop.certify import attest, host, inputs, load, our_outp
 from transformer_jax.interop.experiments import experiment_of
 from transformer_jax.interop.families import reader_of
 from transformer_jax.interop.fields import Fields
-from transformer_jax.interop.table import Family, Row, Slot, import_row, names, slots, tree_of, used
+from transformer_jax.interop.table import Array, Family, Row, Slot, import_row, names, slots, tree_of, used
 from transformer_jax.interop.tensors import Tensors, some
 from transformer_jax.logs import meter
 from transformer_jax.nn.module import Params, Skeleton
@@ -75,10 +75,14 @@ def read_model(
     rows = used(family.rows(config), holes)
     left_out = _account(family, config, rows, holes, actual, tensors)
     arrays: dict[str, jax.Array] = {}
+
+    def read(name: str) -> Array:
+        return tensors.read(actual[name])
+
     with meter(0, len(rows)) as bar:
         for i, row in enumerate(rows, start=1):
-            # As JAX arrays, which Orbax does not copy before it writes.
-            arrays |= jax.device_put(import_row(row, holes, lambda name: tensors.read(actual[name])), host())
+            # As JAX arrays, which Orbax does not copy before it writes; once they are there, NumPy's are let go.
+            arrays |= jax.block_until_ready(jax.device_put(import_row(row, holes, read), host()))
             bar.update(i, row.theirs)
     return config, tree_of(arrays), left_out
 
@@ -114,7 +118,7 @@ def _labels(fields: Fields, config: ModelConfig) -> tuple[str, ...]:
     count = getattr(config, "labels", 0)
     if count < 2:
         return ()
-    by_number = fields.take("id2label", dict, {str(i): f"LABEL_{i}" for i in range(count)})
+    by_number = fields.take("id2label", dict, {}) or {str(i): f"LABEL_{i}" for i in range(count)}
     labels = tuple(str(by_number.get(str(i), "")) for i in range(count))
     if len(set(labels)) < count or "" in labels:
         raise UserError(f"{fields.where}: id2label does not name {count} different labels.")

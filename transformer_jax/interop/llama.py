@@ -78,9 +78,10 @@ def _rope_theta(fields: Fields) -> float:
     fields.require(rope_theta=theta, partial_rotary_factor=1.0)
     if rope.get("partial_rotary_factor") == 1.0:
         del rope["partial_rotary_factor"]
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    if kind != "default" or rope:
-        raise UserError(f"{fields.where}: rope of the type '{kind}' ({rope}) is not supported, only 'default'.")
+    kinds = {rope.pop(name) for name in ("rope_type", "type") if name in rope} - {"default"}
+    if kinds or rope:
+        kind = ", ".join(map(str, kinds)) or "default"
+        raise UserError(f"{fields.where}: rope of the type '{kind}' {rope or ''} is not supported, only 'default'.")
     return float(theta)
 
 

@@ -78,11 +78,12 @@ class BlockConfig:
         """
         heads = self.heads * self.size
         projections = 2 * self.width * (2 * heads + 2 * self.kv * self.size)
-        seen = t * t // 2 if causal else t * t
+        attention = (2 if causal else 4) * heads * t * t
         if window and window < t:
             # A causal query sees `window` keys, those near the start fewer.
             seen = window * t - window * (window - 1) // 2 if causal else (2 * window - 1) * t - window * (window - 1)
-        total = t * projections + 4 * heads * seen
+            attention = 4 * heads * seen
+        total = t * projections + attention
         if s:
             total += 2 * self.width * heads * 2 * t + 2 * self.width * self.kv * self.size * 2 * s + 4 * heads * t * s
         return total + t * (6 if self.gated else 4) * self.width * self.feedforward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -50,7 +51,7 @@ def compile_step(trainer: Trainer, shapes: BatchShapes) -> Compiled | OutOfMemor
         if full := _out_of_memory(str(error)):
             return full
         raise
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     program = parse(compiled.as_text() or "")
     arguments = memory.argument_size_in_bytes
     return Compiled(
@@ -63,9 +64,8 @@ def compile_step(trainer: Trainer, shapes: BatchShapes) -> Compiled | OutOfMemor
 
 def _out_of_memory(message: str) -> OutOfMemory | None:
     """Read "required for HLO temporaries (52.59G) exceeds available HBM (15.75G)" and "Used 20G of 15.75G hbm"."""
-    for pattern in (r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",) + (
-        r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
-    ):
+    size = r"([\d.]+)([KMGT])"
+    for pattern in (rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size} hbm"):
         if match := re.search(pattern, message):
             needed, available = float(match[1]) * UNITS[match[2]], float(match[3]) * UNITS[match[4]]
             return OutOfMemory(round(needed), round(available))

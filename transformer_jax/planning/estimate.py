@@ -100,15 +100,13 @@ class _Reader:
         one = self.read(operation.body, stacked, top=False)
         result.flops += operation.turns * one.flops
         result.traffic += operation.turns * one.traffic
-        result.exchanges += [
-            Exchange(e.kind, e.axis, e.bytes, e.times * operation.turns) for e in one.exchanges
-        ]
+        result.exchanges += [Exchange(e.kind, e.axis, e.bytes, e.times * operation.turns) for e in one.exchanges]
         return one.peak
 
     def _products(self, operation: Operation) -> int:
         if operation.name != "dot_general":
             return 0
-        (summed, other), _ = operation.parameters["dimension_numbers"]
+        (summed, _), _ = operation.parameters["dimension_numbers"]
         left, right = operation.inputs
         axes = {a for v in (left, right) for _, a in v.layout if a not in self.gathered}
         parts = math.prod(self.sizes[axis] for axis in axes)

@@ -150,9 +150,11 @@ class Program:
                     yield name, instruction, n
 
 
-_KERNELS = ("fusion", "reduce", "reduce-window", "scatter", "sort", "map", "select-and-scatter", "all-reduce") + (
-    "reduce-scatter",
-    "all-reduce-start",
+_KERNELS = frozenset(
+    (
+        *("fusion", "reduce", "reduce-window", "scatter", "sort", "map", "select-and-scatter"),
+        *("all-reduce", "all-reduce-start", "reduce-scatter"),
+    )
 )
 
 

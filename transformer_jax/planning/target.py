@@ -56,7 +56,7 @@ class Target:
     def compile_devices(self) -> list[Any] | None:
         """Return devices that XLA can compile for, or None if the compiler of this platform is not installed."""
         if self.slice is None:
-            return None
+            return self._gpus()
         if not _installed("libtpu"):
             return None
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a metadata server that is not there
@@ -69,6 +69,12 @@ class Target:
             more["chip_config_name"] = "megacore"  # one device a chip, as on Cloud TPU
         name = f"{generation.name}:{'x'.join(map(str, shape))}"
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices)
+
+    def _gpus(self) -> list[Any] | None:
+        if self.chip.name not in GPUS or not any(map(_installed, ("jax-cuda13-plugin", "jax-cuda12-plugin"))):
+            return None
+        shape = {"topology": f"1x{self.hosts}x{self.per_host}", "target_config": _gpu_config(self.chip)}
+        return list(topologies.get_topology_desc(platform="cuda", topology_name=self.chip.name, **shape).devices)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,46 @@ class StandIn:
     process_index: int
     slice_index: int = 0
     client: None = None
+
+
+GPUS = {
+    # Cores, compute capability, bytes of shared memory (a core, a block), bytes of L2, GHz.
+    "a100-40gb": (108, (8, 0), 167_936, 166_912, 40 * 2**20, 1.41),
+    "a100-80gb": (108, (8, 0), 167_936, 166_912, 40 * 2**20, 1.41),
+    "h100": (132, (9, 0), 233_472, 232_448, 50 * 2**20, 1.98),
+    "h200": (132, (9, 0), 233_472, 232_448, 50 * 2**20, 1.98),
+}
+"""What XLA has to know to compile for a GPU that is not here."""
+
+
+def _gpu_config(chip: Chip) -> str:
+    """Describe a GPU as XLA's `GpuTargetConfig`, in the text form of protocol buffers."""
+    cores, (major, minor), shared, block, cache, clock = GPUS[chip.name]
+    info = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "shared_memory_per_block": 49_152,
+        "shared_memory_per_core": shared,
+        "shared_memory_per_block_optin": block,
+        "threads_per_core_limit": 2048,
+        "core_count": cores,
+        "fpus_per_core": 128 if major > 8 else 64,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65_535,
+        "block_dim_limit_z": 65_535,
+        "memory_bandwidth": round(chip.memory_bandwidth),
+        "l2_cache_size": cache,
+        "clock_rate_ghz": clock,
+        "device_memory_size": round(chip.memory),
+        "registers_per_core_limit": 65_536,
+        "registers_per_block_limit": 65_536,
+    }
+    fields = " ".join(f"{name}: {value}" for name, value in info.items())
+    capability = f"cuda_compute_capability {{ major: {major} minor: {minor} }}"
+    return (
+        f"gpu_device_info {{ {fields} {capability} }} "
+        f'platform_name: "CUDA" dnn_version_info {{ major: 9 }} device_description_str: "{chip.kinds[0]}"'
+    )
 
 
 def find_target(name: str) -> Target:
@@ -117,4 +163,3 @@ def _installed(package: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-

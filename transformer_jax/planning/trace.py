@@ -20,9 +20,11 @@ Layout = frozenset[tuple[int, str]]
 WHOLE: Layout = frozenset()
 
 MATERIAL = frozenset(
-    ("dot_general", "scan", "while", "cond", "gather", "scatter", "scatter-add", "sort", "top_k", "cumsum", "argmax")
-    + ("argmin", "reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "dynamic_update_slice")
-    + ("conv_general_dilated",)
+    (
+        *("dot_general", "conv_general_dilated", "scan", "while", "cond", "gather", "scatter", "scatter-add"),
+        *("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax", "argmin"),
+        *("sort", "top_k", "cumsum", "dynamic_update_slice"),
+    )
 )
 """Operations whose results go to memory; all others are computed inside of those that use them."""
 
@@ -92,9 +94,7 @@ def trace(
         known: layouts that arrays of these shapes (the gradients) get where a loop hands them out.
         gathered: axes that are given up where a value is used for anything but an update in place.
     """
-    inputs = [
-        _value(v.aval, layout).in_memory() for v, layout in zip(closed.jaxpr.invars, layouts, strict=True)
-    ]
+    inputs = [_value(v.aval, layout).in_memory() for v, layout in zip(closed.jaxpr.invars, layouts, strict=True)]
     constants = [_value(v.aval).in_memory() for v in closed.jaxpr.constvars]
     found = _Tracer(known, gathered).run(closed.jaxpr, constants, inputs, backward=False)
     return Trace(inputs, found.operations, found.outputs)
@@ -131,7 +131,9 @@ class _Tracer:
                 operations.append(operation)
                 made = operation.outputs
             elif inner := _inner(equation.params) if name not in ("while", "cond") else None:
-                part = self.run(inner[0], [_value(v.aval).in_memory() for v in inner[0].constvars], taken, backward=back)
+                part = self.run(
+                    inner[0], [_value(v.aval).in_memory() for v in inner[0].constvars], taken, backward=back
+                )
                 operations += part.operations
                 made = part.outputs
             else:

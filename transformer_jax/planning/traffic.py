@@ -7,9 +7,12 @@ from collections.abc import Iterable
 from transformer_jax.planning.hlo import Array, Instruction, Program
 
 NOTHING = frozenset(
-    ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "iota")
-    + ("after-all", "partition-id", "replica-id", "optimization-barrier", "copy-done", "slice-done", "async-done")
-    + ("async-update", "all-gather-done", "all-reduce-done", "collective-permute-done", "rng-get-and-update-state")
+    (
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "iota"),
+        *("after-all", "partition-id", "replica-id", "optimization-barrier", "copy-done", "slice-done", "async-done"),
+        *("async-update", "all-gather-done", "all-reduce-done", "collective-permute-done"),
+        "rng-get-and-update-state",
+    )
 )
 """Instructions that move no data themselves."""
 
@@ -98,7 +101,8 @@ def _written(inner: dict[str, Instruction], instruction: Instruction) -> int:
     root = next(i for i in inner.values() if i.root)
     results = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
     total = 0
-    for array, result in zip(instruction.arrays, results, strict=False):
+    for array, shown in zip(instruction.arrays, results, strict=False):
+        result = shown
         while result.opcode == "bitcast" and result.operands[0] in inner:
             result = inner[result.operands[0]]
         if result.opcode == "dynamic-update-slice":

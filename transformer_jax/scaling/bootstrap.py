@@ -27,7 +27,7 @@ def weights(runs: Points, kind: Kind, resamples: int, seed: int) -> np.ndarray:
     group = np.unique(runs.run, return_inverse=True)[1] if kind == "run" else runs.size
     count = int(group.max()) + 1
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-    return draws[:, group].astype(float)
+    return draws.astype(np.uint16)[:, group]
 
 
 def interval(samples: np.ndarray, level: float = LEVEL) -> list[float] | None:

@@ -136,6 +136,7 @@ def _minima(budget: Budget, weight_BM: np.ndarray) -> tuple[np.ndarray, np.ndarr
     if budget.spread > EVEN:
         columns.append(np.log(points.C / budget.C))
     X = np.stack(columns, 1)
+    weight_BM = weight_BM.astype(float)
     gram = np.einsum("bm,mp,mq->bpq", weight_BM, X, X)
     moment = np.einsum("bm,mp,m->bp", weight_BM, X, points.loss)
     coefficients = np.einsum("bpq,bq->bp", np.linalg.pinv(gram, rcond=1e-12, hermitian=True), moment)

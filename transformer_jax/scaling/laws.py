@@ -91,7 +91,8 @@ def float64() -> Iterator[None]:
 def predict(law: Law, theta: np.ndarray, N: np.ndarray, D: np.ndarray) -> np.ndarray:
     """Return log L of every parameter vector [B, P]: at the same points N, D [M], or each at its own [B, M]."""
     shape = (len(theta), np.shape(N)[-1])
-    n, d = (np.broadcast_to(np.log(values), shape) for values in (N, D))
+    with np.errstate(divide="ignore"):  # log 0 of a resample that determines nothing
+        n, d = (np.broadcast_to(np.log(values), shape) for values in (N, D))
     with float64():
         return np.asarray(_log_losses(law, theta, n, d))
 

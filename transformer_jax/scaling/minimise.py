@@ -2,7 +2,7 @@
 
 What is minimised is the sum of Huber(delta) over log-loss residuals (Hoffmann 2022, equation 3). The sum, not the
 mean: with a mean the gradients are so small that the default tolerances of an optimiser end the search early, which
-is how published exponents went wrong (Besiroglu 2024, section 3). Here the tolerance is relative to the objective, so a
+is how published exponents went wrong (Besiroglu 2024). Here the tolerance is relative to the objective, so a
 constant factor cannot matter.
 
 The step: inside delta Huber's loss is a parabola; outside it has no curvature, and the parabola of weight delta/|r|
@@ -27,6 +27,7 @@ from transformer_jax.logs import console
 from transformer_jax.scaling.laws import Law, float64
 
 _CHUNK = 128  # problems solved together: their intermediate arrays stay in the cache of a core
+_LARGEST = 2**15  # problems times runs in a chunk
 _ROWS = 64  # runs are filled up to a multiple of it with runs of weight 0, so that few shapes are compiled
 _STEPS = 12  # steps between looks at which problems are done
 _ROUNDS = 60  # looks before a problem is given up
@@ -137,15 +138,16 @@ def minimise(
     S, R = len(starts_SP), len(n_R)
     extra = -R % _ROWS
     n_R, d_R = (np.pad(array, (0, extra)) for array in (n_R, d_R))
-    y_SR, weight_SR = (np.pad(np.broadcast_to(array, (S, R)), [(0, 0), (0, extra)]) for array in (y, weight))
+    y_SR, weight_SR = (np.broadcast_to(array, (S, R)) for array in (y, weight))
     theta, objective = np.array(starts_SP, float), np.full(S, np.inf)
     done = np.zeros(S, bool)
     with float64(), Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task(progress, total=S)
         damping = np.full(S, _FIRST_DAMPING)
         for _ in range(_ROUNDS):
-            for rows in _chunks(np.flatnonzero(~done)):
-                data = (n_R, d_R, y_SR[rows], weight_SR[rows])
+            for rows in _chunks(np.flatnonzero(~done), R + extra):
+                own = (np.pad(array[rows].astype(float), [(0, 0), (0, extra)]) for array in (y_SR, weight_SR))
+                data = (n_R, d_R, *own)
                 state, finished = _advance(law, theta[rows], damping[rows], data, delta)
                 theta[rows], damping[rows], objective[rows] = state.theta, state.damping, state.objective
                 done[rows] = finished
@@ -155,7 +157,8 @@ def minimise(
     return Solutions(theta, objective, done)
 
 
-def _chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
+def _chunks(problems: np.ndarray, runs: int) -> Iterator[np.ndarray]:
     """Cut into equal chunks, the last filled up with repetitions: one shape, compiled once."""
-    for first in range(0, len(rows), _CHUNK):
-        yield np.resize(rows[first : first + _CHUNK], _CHUNK)
+    size = min(max(_LARGEST // runs, 2), _CHUNK)
+    for first in range(0, len(problems), size):
+        yield np.resize(problems[first : first + size], size)

@@ -80,7 +80,7 @@ def study(
             missing[name] = str(error)
             say(f"left out: {error}")
     if not estimates:
-        raise UserError(" ".join(missing.values()))
+        raise UserError(missing.get("A3", next(iter(missing.values()))))
     budgets = list(budgets) or [float(table.runs.C.max()) * factor for factor in (1, 10, 100)]
     main = next((e for e in estimates if e.name == "A3"), next((e for e in estimates if e.fit is not None), None))
     figures: dict[str, Any] = {

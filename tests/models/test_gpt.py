@@ -1,0 +1,332 @@
+"""Laws of the decoder, in every dialect, and its equality with transformers' GPT-2, Llama, Mistral and Qwen 3."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.exchange import CASES, imported, reference
+from tests.test_bench import products_of
+from transformer_jax.config import ComputeConfig, Experiment, MeshConfig, OptimConfig, ScheduleConfig, TrainConfig
+from transformer_jax.data.packed import PackedText
+from transformer_jax.errors import UserError
+from transformer_jax.models.gpt import GPTConfig
+from transformer_jax.nn.module import Skeleton, parameter_count
+from transformer_jax.nn.stack import stack_layers, unstack_layers
+from transformer_jax.objectives import CausalLM, means
+from transformer_jax.train import Trainer
+
+B, T, V = 5, 13, 38
+UNROLLED = ComputeConfig(layers="unrolled")
+GPT2 = GPTConfig(vocab_size=V, context=47, width=24, layers=3, heads=4, feedforward=40)
+LLAMA = GPTConfig(
+    vocab_size=V,
+    context=47,
+    width=24,
+    layers=3,
+    heads=6,
+    kv_heads=2,
+    head_size=8,
+    feedforward=40,
+    activation="silu",
+    gated=True,
+    norm="rmsnorm",
+    bias=False,
+    positions="rope",
+    tied=False,
+)
+DIALECTS = {
+    "gpt1": replace(GPT2, pre_norm=False),
+    "gpt2": GPT2,
+    "gpt3": replace(GPT2, layers=4, windows=(0, 5)),
+    "llama": LLAMA,
+    "sliding": replace(LLAMA, kv_heads=1, windows=(4,), qk_norm=True),
+}
+dialect = pytest.mark.parametrize("config", DIALECTS.values(), ids=DIALECTS)
+
+
+def perturbed(skeleton, seed=0):
+    """Random parameters with no zeros and ones, which hide mistakes."""
+    leaves, tree = jax.tree.flatten(skeleton.init(jax.random.key(seed)))
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+
+
+def model_of(config, compute=UNROLLED):
+    skeleton = Skeleton.of(config, compute)
+    return skeleton.bind(perturbed(skeleton))
+
+
+@pytest.fixture
+def tokens():
+    return np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("bert")])
+def test_logits_equal_transformers(case, tmp_path):
+    model, config = imported(case, tmp_path, ComputeConfig(layers="scan"))
+    batch, expected = reference(case)
+    logits_BTV = np.asarray(model(batch["tokens"], batch["segments"]))
+    real_BT = batch["segments"] != 0
+    assert logits_BTV.shape[-1] == config.vocab_size
+    np.testing.assert_allclose(logits_BTV[real_BT], expected["next"][real_BT], atol=2e-5)
+
+
+class _Given:
+    """An embedding whose input side is given from outside."""
+
+    def __init__(self, inner, x_BTD):
+        self.inner, self.x_BTD = inner, x_BTD
+
+    def __call__(self, _ids, _dtype):
+        return self.x_BTD
+
+    def logits(self, x_BTD):
+        return self.inner.logits(x_BTD)
+
+
+@dialect
+def test_causality_by_gradient(config, tokens):
+    model = model_of(config)
+    embedding = model.embedding
+
+    def logits(x_BTD):
+        object.__setattr__(model, "embedding", _Given(embedding, x_BTD))
+        return model(tokens[:1])[0].sum(-1)
+
+    # [T, T, D]: what the logits at t owe to each input
+    gradient = jax.jacobian(logits)(embedding(tokens[:1], jnp.float32))[:, 0]
+    object.__setattr__(model, "embedding", embedding)
+    depends_TS = np.any(np.asarray(gradient) != 0, axis=-1)
+    distance_TS = np.subtract.outer(np.arange(T), np.arange(T))
+    windows = [config.window(i) for i in range(config.layers)]
+    # Every layer looks as far back as its window; one that sees everything makes all of it reachable.
+    reach = T if 0 in windows else sum(window - 1 for window in windows)
+    np.testing.assert_array_equal(depends_TS, (distance_TS >= 0) & (distance_TS <= reach))
+
+
+@dialect
+def test_a_window_is_what_one_layer_sees(config, tokens):
+    if not config.windows:
+        config = replace(config, windows=(3,))
+    narrow = replace(config, layers=1, windows=config.windows[-1:])
+    maps = model_of(narrow).attention_maps(tokens)["decoder"][0]
+    distance_TS = np.subtract.outer(np.arange(T), np.arange(T))
+    seen_TS = (distance_TS >= 0) & (distance_TS < narrow.window(0))
+    np.testing.assert_array_equal(np.asarray(maps) > 0, np.broadcast_to(seen_TS, maps.shape))
+    np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
+
+
+@dialect
+def test_cached_decoding_equals_the_full_forward(config):
+    """Ragged prompts, then one token, several at once, some taken back, and on until the cache of a window wraps."""
+    rng = np.random.default_rng(1)
+    length_B, total = np.array([7, 1, 11, 4, 2]), 40
+    rows_BT = rng.integers(0, V, (B, total)).astype(np.int32)
+    model = model_of(config)
+    full_BTV = jax.jit(model)(rows_BT)
+    prompt_BT = np.where(np.arange(11) < length_B[:, None], rows_BT[:, :11], rng.integers(0, V, (B, 11)))
+    start, extend = jax.jit(model.start, static_argnums=2), jax.jit(model.extend)
+    row_B = np.arange(B)
+
+    def following(count):
+        return rows_BT[row_B[:, None], at_B[:, None] + np.arange(count)]
+
+    def check(logits, count):
+        expected = full_BTV[row_B[:, None], at_B[:, None] + np.arange(count)]
+        np.testing.assert_allclose(logits, expected, atol=3e-5)
+
+    logits_BV, state = start(prompt_BT, length_B, total)
+    at_B = length_B - 1
+    check(logits_BV[:, None], 1)
+    at_B = length_B
+    for count in (1, 6, 1, 3, 6, 6, 5):
+        logits, state = extend(state, following(count))
+        check(logits, count)
+        at_B = at_B + count
+        if count == 6:  # say something else, take it back, and go on
+            _, astray = extend(state, rng.integers(0, V, (B, 4)).astype(np.int32))
+            state = astray._replace(length_B=astray.length_B - 4)
+
+
+@dialect
+def test_packed_equals_unpacked(config, tokens):
+    model = jax.jit(model_of(config))
+    lengths = (6, 4, 2)
+    packed = np.concatenate([tokens[i, :n] for i, n in enumerate(lengths)] + [tokens[3, :1]])[None]
+    segments = np.repeat([1, 2, 3, 0], [*lengths, 1])[None].astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in (*lengths, 1)])[None].astype(np.int32)
+    together = model(packed, segments, positions)[0]
+    begin = 0
+    for i, n in enumerate(lengths):
+        np.testing.assert_allclose(together[begin : begin + n], model(tokens[i : i + 1, :n])[0], atol=2e-5)
+        begin += n
+
+
+@dialect
+def test_padding_changes_nothing(config, tokens):
+    model = jax.jit(model_of(config))
+    plain = model(tokens)
+    longer = np.pad(tokens, ((0, 0), (0, 6)), constant_values=3)
+    segments = (np.arange(T + 6) < T).astype(np.int32)[None].repeat(B, 0)
+    np.testing.assert_allclose(model(longer, segments)[:, :T], plain, atol=2e-5)
+    np.testing.assert_allclose(model(tokens[2:3]), plain[2:3], atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("layers", ["scan", "unrolled"])
+@pytest.mark.parametrize("name", ["gpt3", "llama"])
+def test_scan_and_remat_equal_plain(tokens, remat, layers, name):
+    config = replace(DIALECTS[name], dropout=0.1)
+    plain, other = Skeleton.of(config, UNROLLED), Skeleton.of(config, ComputeConfig(layers=layers, remat=remat))
+    params = perturbed(plain)
+
+    def loss(skeleton, params):
+        return jnp.square(skeleton.bind(params)(tokens, key=jax.random.key(7))).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: loss(plain, p)))(params)
+    stacked = unstack_layers(stack_layers(params), other.abstract)
+    other_value, other_gradient = jax.jit(jax.value_and_grad(lambda p: loss(other, p)))(stacked)
+    np.testing.assert_allclose(other_value, value, rtol=1e-6)
+    pairs = zip(jax.tree.leaves(stack_layers(other_gradient)), jax.tree.leaves(stack_layers(gradient)), strict=True)
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs, atol=1e-6, rtol=2e-4)
+
+
+def packed_batch(rows, length, seed=0):
+    """Rows of two documents and padding, the last row empty."""
+    rng = np.random.default_rng(seed)
+    first, second = rng.integers(1, length // 2, rows), rng.integers(1, length // 2, rows)
+    place = np.arange(length)
+    segments = np.where(place < first[:, None], 1, np.where(place < (first + second)[:, None], 2, 0))
+    segments[-1] = 0
+    tokens = rng.integers(0, V, (rows, length))
+    same = np.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (0, 1))) & (segments > 0)
+    arrays = {
+        "tokens": tokens,
+        "targets": np.where(same, np.roll(tokens, -1, 1), -1),
+        "segments": segments,
+        "positions": np.where(segments == 2, place - first[:, None], place),
+        "example": np.arange(rows),
+    }
+    return {name: array.astype(np.int32) for name, array in arrays.items()} | {"bytes": np.ones(rows, np.float32)}
+
+
+@pytest.mark.parametrize("name", ["gpt3", "llama"])
+def test_sharded_equals_single_device(name):
+    config = replace(DIALECTS[name], kv_heads=2)
+    experiment = Experiment(
+        name="tiny",
+        model=config,
+        objective=CausalLM(z_loss=1e-3, chunk=5),
+        data=PackedText("none", context=T),
+        optim=OptimConfig(schedule=ScheduleConfig(peak=1e-2, warmup=0), clip_norm=0.1, weight_decay=0.01, eps=1e-4),
+        train=TrainConfig(),
+        compute=ComputeConfig(layers="scan"),
+    )
+    batch, results = packed_batch(8, T), []
+    for mesh, devices in ((MeshConfig(1), jax.devices()[:1]), (MeshConfig(2, 2, 2), jax.devices())):
+        trainer = Trainer.of(replace(experiment, mesh=mesh), devices)
+        state, step = trainer.init(), trainer.train_step()
+        state, metrics = step(state, trainer.put(batch))
+        results.append(jax.device_get((state.params, metrics)))
+    (params, metrics), (sharded_params, sharded_metrics) = results
+    for key, value in metrics.items():
+        np.testing.assert_allclose(sharded_metrics[key], value, rtol=2e-5, err_msg=key)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), sharded_params, params)
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "count"),
+    [
+        (12, 768, 12, 124_439_808),
+        (24, 1024, 16, 354_823_168),
+        (36, 1280, 20, 774_030_080),
+        (48, 1600, 25, 1_557_611_200),
+    ],
+)
+def test_gpt2_has_as_many_parameters_as_the_published_weights(layers, width, heads, count):
+    skeleton = Skeleton.of(GPTConfig(layers=layers, width=width, heads=heads), ComputeConfig(layers="scan"))
+    assert parameter_count(skeleton.abstract) == count
+
+
+@pytest.mark.parametrize("windows", [(), (5,), (0, 5)])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_forward_flops_are_those_of_the_program(name, windows, tokens):
+    config = replace(DIALECTS[name], windows=windows, layers=4)
+    skeleton = Skeleton.of(config, ComputeConfig(layers="scan"))
+    program = jax.make_jaxpr(lambda params: skeleton.bind(params)(tokens))(skeleton.abstract)
+    shapes = {"tokens": (B, T), "targets": (B, T)}
+    # All T x T scores are computed; what counts is a half of them, or those in the window.
+    counted = [w * T - w * (w - 1) / 2 if w else T * T / 2 for w in map(config.window, range(4))]
+    unseen = 4 * config.block.heads * config.block.size * sum(T * T - seen for seen in counted)
+    assert products_of(program.jaxpr) - config.forward_flops(shapes) == B * unseen
+    classify = replace(config, task="classify", labels=3)
+    head = 2 * config.width * (V * T - 3)
+    assert config.forward_flops(shapes) - classify.forward_flops({"tokens": (B, T)}) == B * head
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("chunk", [1, 4, T, 50])
+def test_chunked_loss_equals_unchunked(chunk, z_loss):
+    batch = {name: x for name, x in packed_batch(B, T).items() if name != "example"}
+    skeleton = Skeleton.of(LLAMA, ComputeConfig(layers="scan"))
+    params = perturbed(skeleton)
+
+    def loss(objective, params):
+        sums = objective(skeleton.bind(params), batch, None)
+        return means(sums, objective.weights(batch))["loss"], sums
+
+    results = [
+        jax.jit(jax.value_and_grad(lambda p, o=objective: loss(o, p), has_aux=True))(params)
+        for objective in (CausalLM(z_loss=z_loss), CausalLM(z_loss=z_loss, chunk=chunk))
+    ]
+    ((value, sums), gradient), ((chunked, chunked_sums), chunked_gradient) = results
+    np.testing.assert_allclose(chunked, value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), chunked_sums, sums)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), chunked_gradient, gradient)
+
+
+def test_the_loss_counts_targets_and_the_z_loss_is_its_formula():
+    batch, model = packed_batch(B, T), model_of(GPT2)
+    logits = np.asarray(model(batch["tokens"], batch["segments"], batch["positions"]), np.float64)
+    real = batch["targets"] >= 0
+    z = np.log(np.exp(logits).sum(-1))
+    nll = (z - np.take_along_axis(logits, np.maximum(batch["targets"], 0)[..., None], -1)[..., 0])[real].sum()
+    objective = CausalLM(z_loss=0.01)
+    assert objective.weights(batch)["tokens"] == real.sum() > 0
+    sums = objective(model, batch, None)["tokens"]
+    np.testing.assert_allclose(sums["nll"], nll, rtol=1e-5)
+    np.testing.assert_allclose(sums["loss"], nll + 0.01 * (z[real] ** 2).sum(), rtol=1e-5)
+    np.testing.assert_allclose(sums["accuracy"], (logits.argmax(-1) == batch["targets"]).sum())
+
+
+def test_labels_are_read_at_the_last_real_token(tokens):
+    model = model_of(replace(GPT2, task="classify", labels=3))
+    length_B = np.array([13, 7, 1, 4, 9])
+    segments = (np.arange(T) < length_B[:, None]).astype(np.int32)
+    scores = model.label(model.read({"tokens": tokens, "segments": segments}), segments)
+    assert scores.shape == (B, 3)
+    for i, n in enumerate(length_B):
+        alone = model.features(tokens[i : i + 1, :n])[:, -1]
+        np.testing.assert_allclose(scores[i : i + 1], model.head(alone), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_heads": 3}, r"model\.kv_heads=3 does not divide model\.heads=4"),
+        ({"heads": 5}, r"model\.heads=5 does not divide model\.width=24"),
+        ({"positions": "rope", "head_size": 5}, "RoPE turns pairs of channels, but a head has 5"),
+        ({"windows": (0, -1)}, r"model\.windows must not be negative"),
+        ({"task": "classify"}, r"needs model\.labels"),
+        ({"layers": 0}, r"model\.layers must be at least 1"),
+    ],
+)
+def test_sizes_that_do_not_fit(change, message):
+    with pytest.raises(UserError, match=message):
+        replace(GPT2, **change).check()

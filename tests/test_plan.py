@@ -1,0 +1,297 @@
+"""Laws of plans by estimate, and of what the command says; the compiler's own are in test_plan_tpu.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from tests.test_plan_hlo import B, D, F, L, T, V, bert, gpt, transformer
+from transformer_jax.cli import main
+from transformer_jax.config import ComputeConfig, MeshConfig, OptimConfig, TrainConfig
+from transformer_jax.errors import UserError
+from transformer_jax.planning.collectives import Collective
+from transformer_jax.planning.compiler import OutOfMemory, _out_of_memory
+from transformer_jax.planning.planner import plan as plan_any
+from transformer_jax.planning.planner import trainer_of
+from transformer_jax.planning.remedies import dividing, meshes, overrides_of, remedies
+from transformer_jax.planning.roofline import as_groups, link_of, roofline
+from transformer_jax.planning.target import find_target
+from transformer_jax.recipes import find_recipe
+from transformer_jax.train import Trainer
+
+plan = partial(plan_any, compile=False)
+V5E8 = find_target("v5e-8")
+
+
+def silent(_: str) -> None:
+    """Hear of no progress."""
+
+
+def test_parameters_and_optimizer_are_those_of_the_shards():
+    """Adam keeps two more copies, and fsdp and tensor divide what is divisible."""
+    whole = plan(gpt(data=8), V5E8).memory
+    assert whole.parameters == 4 * plan(gpt(data=8), V5E8).parameters
+    assert whole.optimizer == pytest.approx(2 * whole.parameters, abs=64)
+    shared = plan(gpt(data=1, fsdp=8), V5E8).memory
+    assert whole.parameters / 8 < shared.parameters < whole.parameters / 7
+    assert plan(gpt(data=8), V5E8).memory.batch == (4 * B * T * 4 + 4 * B) // 8
+
+
+@pytest.mark.parametrize("family", [gpt, bert, transformer])
+def test_the_estimate_computes_what_the_model_counts(family):
+    """Three times the forward pass, where causal attention is computed in full; a little more where it is halved."""
+    found = plan(family(data=8), V5E8)
+    excess = found.computed_flops - found.flops.matmuls
+    if family is bert:
+        assert excess == 0
+    else:
+        attention = {gpt: L, transformer: L}[family] * 4 * D * T * T // 2 * B * 3
+        assert excess == attention
+
+
+@pytest.mark.parametrize(("policy", "more"), [("none", 0), ("full", 1)])
+def test_recomputation_runs_the_layers_once_more(policy, more):
+    found = plan(replace(bert(data=8), compute=ComputeConfig(layers="scan", remat=policy)), V5E8)
+    layer = 2 * T * (4 * D * D + 2 * D * F) + 4 * D * T * T
+    # The last product of a layer is needed by nobody, so it is not computed again.
+    assert found.computed_flops - found.flops.matmuls == more * L * B * (layer - 2 * T * D * F)
+
+
+def test_what_takes_less_memory_is_estimated_to():
+    def total(**changes):
+        return plan(replace(gpt(data=8), **changes), V5E8).memory
+
+    base = total()
+    assert total(compute=ComputeConfig(layers="scan", remat="full")).activations < base.activations / 4
+    assert total(compute=ComputeConfig(layers="scan", remat="dots")).activations < base.activations
+    assert total(train=TrainConfig(accumulate=2)).activations < 0.6 * base.activations
+    assert total(mesh=MeshConfig(data=4, tensor=2)).parameters < 0.6 * base.parameters
+    long = replace(gpt(data=8), model=replace(gpt().model, vocab_size=64 * V))
+    chunked = replace(long, objective=replace(long.objective, chunk=4))
+    assert plan(chunked, V5E8).memory.total < plan(long, V5E8).memory.total
+
+
+def test_unrolled_layers_take_about_what_scanned_ones_do():
+    scanned, unrolled = (
+        plan(replace(gpt(data=8), compute=ComputeConfig(layers=layers)), V5E8) for layers in ("scan", "unrolled")
+    )
+    assert unrolled.computed_flops == scanned.computed_flops
+    assert 0.6 < unrolled.memory.total / scanned.memory.total < 1.6
+
+
+def test_collectives_follow_the_layout():
+    def kinds(**mesh):
+        return {(move.kind, move.axes) for move in plan(gpt(**mesh), V5E8).moves}
+
+    assert kinds(data=8) == {("all-reduce", "data")}
+    assert {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")} <= kinds(data=1, fsdp=8)
+    assert ("all-reduce", "tensor") in kinds(data=4, tensor=2)
+    assert not any("tensor" in axes for _, axes in kinds(data=1, fsdp=8))
+    moved = {(m.kind, m.axes): m.bytes for m in plan(gpt(data=8), V5E8).moves}
+    assert moved["all-reduce", "data"] == 4 * plan(gpt(data=8), V5E8).parameters
+
+
+def test_a_pod_without_a_pod_has_the_mesh_of_the_real_one():
+    """Neighbours along an axis of the mesh are neighbours in the network."""
+    target = find_target("v5e-256")
+    experiment = dividing(gpt(data=16, fsdp=16), target)
+    experiment = replace(experiment, data=replace(experiment.data, batch_rows=256))
+    mesh = trainer_of(experiment, target.stand_ins()).mesh
+    for axis in ("data", "fsdp"):
+        link = link_of(target, mesh, as_groups(mesh, axis))
+        assert link.network == "ICI"
+        assert link.bandwidth == 2 * target.chip.link  # a whole ring of 16, both ways
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "network", "links"),
+    [("v5e-8", "fsdp", "ICI", 2), ("v5p-128", "fsdp", "ICI", 6), ("h100-8", "fsdp", "NVLink", 1)],
+)
+def test_links_of_a_group(name, axis, network, links):
+    """A 2 x 4 slice has no ring; 4 x 4 x 4 has three; GPUs of a host reach each other."""
+    target = find_target(name)
+    experiment = replace(
+        dividing(gpt(data=1, fsdp=-1), target), data=replace(gpt().data, batch_rows=64, rows_multiple=64)
+    )
+    experiment = replace(experiment, model=replace(experiment.model, width=64))
+    mesh = trainer_of(experiment, target.stand_ins()).mesh
+    link = link_of(target, mesh, as_groups(mesh, axis))
+    assert (link.network, link.bandwidth) == (network, links * target.chip.link)
+
+
+def test_gpus_of_two_hosts_share_the_network_cards():
+    target = find_target("h100-16")
+    mesh = trainer_of(gpt(data=16), target.stand_ins()).mesh
+    link = link_of(target, mesh, as_groups(mesh, "data"))
+    assert (link.network, link.bandwidth) == ("network", 8 * target.chip.network)
+
+
+def test_what_waits_adds_up_and_what_runs_beside_does_not():
+    target = V5E8
+    mesh = Trainer.of(gpt(data=8), jax.devices()).mesh
+    mesh = trainer_of(gpt(data=8), target.stand_ins()).mesh
+    second = target.chip.peak["bfloat16"]
+
+    def step(overlapped: bool) -> float:
+        move = Collective("all-gather", int(8 / 7 * 2 * target.chip.link), 3, as_groups(mesh, "data"), overlapped, "")
+        return roofline(target, mesh, flops=2 * second, traffic=0, found=[move], dtype="bfloat16").step
+
+    assert step(overlapped=True) == pytest.approx(3.0)
+    assert step(overlapped=False) == pytest.approx(5.0)
+
+
+def test_a_precision_without_a_published_peak_has_no_step_time():
+    target = find_target("v4-8")
+    nothing = roofline(target, None, flops=1e12, traffic=1, found=[], dtype="float8")
+    assert nothing.compute is None
+    assert nothing.step is None
+
+
+def test_money_and_days():
+    found = plan(gpt(data=8), V5E8)
+    assert found.days == pytest.approx(found.experiment.train.steps * found.roofline.step / 86_400)
+    assert found.cost(1.5) == pytest.approx(found.days * 24 * 8 * 1.5)
+    assert plan(gpt(data=8), find_target("v2-8")).cost(1.0) == pytest.approx(
+        plan(gpt(data=8), find_target("v2-8")).days * 24 * 4
+    ), "two devices a chip, and chips are paid"
+
+
+def test_a_checkpoint_is_held_once_by_each_host():
+    sixteen = find_target("v5e-16")
+    copies, shares = plan(gpt(data=16), sixteen), plan(gpt(data=1, fsdp=16), sixteen)
+    state = copies.memory.parameters + copies.memory.optimizer
+    assert copies.host_memory == pytest.approx(state, rel=1e-3)
+    assert state / 4 < shares.host_memory < state / 3.5
+    assert shares.host_available == 4 * 48e9
+
+
+def test_remedies_are_what_can_be_typed_and_they_fit_better():
+    experiment = replace(gpt(data=8), optim=OptimConfig())
+    trials = remedies(experiment, V5E8, compile=False, tries=1, say=silent)
+    before = plan(experiment, V5E8).memory.total
+    names = [trial.overrides for trial in trials]
+    assert "--compute.remat full" in names
+    assert "--objective.chunk 128" in names
+    assert any("--mesh.fsdp 8" in name for name in names)
+    assert any("--data.batch-rows 8" in name for name in names)
+    assert len(set(names)) == len(names)
+    assert min(trial.plan.memory.total for trial in trials) < before / 2
+
+
+def test_meshes_are_ranked_and_all_divide():
+    trials = meshes(gpt(data=8), V5E8, compile=False, tries=1, say=silent)
+    assert all(np.prod(list(trial.plan.mesh.values())) == 8 for trial in trials)
+    assert {trial.plan.mesh["tensor"] for trial in trials} == {1, 2, 4}, "8 does not divide 4 heads"
+    steps = [trial.plan.roofline.step for trial in trials if trial.fits]
+    assert steps == sorted(steps)
+
+
+def test_overrides_of_a_mesh_include_what_makes_it_divide():
+    small = replace(gpt(data=8), data=replace(gpt().data, batch_rows=32, rows_multiple=2, ramp=((2, 5), (16, 7))))
+    changed = dividing(replace(small, mesh=MeshConfig(data=1, fsdp=16)), find_target("v5e-16"))
+    assert overrides_of(small, changed) == ("--data.rows-multiple 16 --data.ramp 16 7 --mesh.data 1 --mesh.fsdp 16")
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (52.59G) "
+         "exceeds available HBM (15.75G).", 52.59),
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.5G of "
+         "15.75G hbm. Exceeded hbm capacity by 4.75G.", 20.5),
+    ],
+)  # fmt: skip
+def test_the_compilers_refusal_is_understood(message, needed):
+    assert _out_of_memory(message) == OutOfMemory(round(needed * 2**30), round(15.75 * 2**30))
+    assert _out_of_memory("INTERNAL: something else") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("v5e-7", "v5e comes as"),
+        ("v5x-16", "no TPU slice"),
+        ("h10-8", "Did you mean 'h100-8'"),
+        ("h100-12x", "neither a TPU slice nor a GPU"),
+        ("h100-9", "9 GPUs do not fill 2 hosts"),
+    ],
+)
+def test_a_name_that_is_none_is_answered_with_the_closest(name, says):
+    with pytest.raises(UserError, match=says):
+        find_target(name)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "says"),
+    [
+        ({"data": 3}, "does not match 8 device"),
+        ({"data": 1, "tensor": 8}, "mesh tensor=8 does not divide N=4"),
+        ({"data": 1, "fsdp": 4}, "does not match 8 device"),
+    ],
+)
+def test_a_wrong_mesh_is_refused_as_in_training(mesh, says):
+    with pytest.raises(UserError, match=says):
+        plan(gpt(**mesh), V5E8)
+
+
+def test_the_published_vocabulary_cannot_be_divided():
+    experiment = replace(find_recipe("gpt2_124m"), mesh=MeshConfig(data=2, tensor=4))
+    with pytest.raises(UserError, match="mesh tensor=4 does not divide V=50257"):
+        plan(experiment, V5E8)
+
+
+def run(capsys, *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", *words])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def test_the_screen_and_the_json_say_the_same(capsys):
+    words = ("bert_large", "--on", "v4-32", "--estimate", "--price", "3.22")
+    code, screen, _ = run(capsys, *words)
+    assert code == 0
+    assert max(len(line) for line in screen.splitlines()) <= 120
+    assert len(screen.splitlines()) <= 45
+    code, text, _ = run(capsys, *words, "--json")
+    found = json.loads(text)
+    assert code == 0
+    assert found["source"] == "estimate"
+    assert found["on"] == {"name": "v4-32", "chip": "v4", "devices": 16, "hosts": 4}
+    memory = found["memory_per_device"]
+    parts = ("parameters", "optimizer", "batch", "activations", "logits", "gradients", "temporaries")
+    assert memory["total"] == sum(memory[part] for part in parts)
+    assert f"{memory['total'] / 2**30:.2f} GiB" in screen
+    assert f"{found['parameters']:,} parameters" in screen
+    assert f"{found['cost']:,.0f} at 3.22" in screen
+    assert "ESTIMATE" in screen
+
+
+def test_what_does_not_fit_is_one_line_and_exit_code_2(capsys):
+    code, out, err = run(capsys, "gpt2_1558m", "--on", "v5e-256", "--estimate", "--data.rows-multiple", "256")
+    assert (code, out) == (2, "")
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("tjax: gpt2_1558m does not fit v5e-256: ")
+    assert "GiB a device of 15.75 (estimate). These do: --" in last
+    assert "--mesh.fsdp" in last
+
+
+def test_a_search_names_the_command_of_the_best(capsys):
+    code, out, _ = run(capsys, "bert_tiny", "--on", "v5e-4", "--search", "--estimate")
+    assert code == 0
+    assert out.splitlines()[-1].startswith("best: tjax plan bert_tiny --on v5e-4 --")
+    code, text, _ = run(capsys, "bert_tiny", "--on", "v5e-4", "--search", "--estimate", "--json")
+    first = json.loads(text)["meshes"][0]
+    assert first["fits"]
+    assert first["overrides"] in out
+
+
+def test_devices_have_to_be_named(capsys):
+    code, _, err = run(capsys, "bert_tiny")
+    assert code == 2
+    assert "--on v5e-16" in err

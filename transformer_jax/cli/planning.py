@@ -1,0 +1,122 @@
+"""plan: what a run takes on devices that are not here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from transformer_jax.cli.verb import Tree, Verb, experiment_of, out
+from transformer_jax.errors import UserError
+from transformer_jax.logs import print_json, say
+from transformer_jax.planning.compiler import OutOfMemory
+from transformer_jax.planning.plan import Plan
+from transformer_jax.planning.planner import plan
+from transformer_jax.planning.remedies import Trial, meshes, remedies
+from transformer_jax.planning.report import GIB, show, show_ranking
+from transformer_jax.planning.target import Target, find_target
+
+SHOWN = 12
+"""Meshes of a ranking."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Plan a run on devices that are not here: memory, FLOPs, collectives, time and money, from their own compiler.
+
+    Needs libtpu for TPUs (`pip install transformer_jax[plan]`), about a minute and no accelerator; without it, it
+    estimates. What does not fit ends with exit code 2, and with the settings that would make it fit.
+    """
+
+    experiment: Tree
+    on: str = ""
+    """A TPU slice (v5e-16, v4-32, v5p-128), or GPUs (h100-8, a100-80gb-16)."""
+    price: float = 0.0
+    """Of a chip and hour, for the cost."""
+    search: bool = False
+    """Rank all meshes of the slice by estimate, and compile the best."""
+    tries: int = 1
+    """Plans to compile when several are looked at: of a search, or of what might make it fit."""
+    estimate: bool = False
+    """Do not compile."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def _plan(_: str, options: PlanOptions) -> int:
+    if not options.on:
+        raise UserError("name the devices: --on v5e-16, --on v5p-128, --on h100-8.")
+    jax.config.update("jax_platforms", "cpu")  # planning on a TPU or GPU machine leaves its devices alone
+    if options.price < 0 or options.tries < 0:
+        raise UserError("--price and --tries must not be negative.")
+    target = find_target(options.on)
+    if options.search:
+        return _search(options, target)
+    if not options.estimate and target.compile_devices() is not None:
+        say(f"compiling for {target.name}: a minute or two, or some seconds if it does not fit")
+    found = plan(options.experiment, target, compile=not options.estimate)
+    if isinstance(found, OutOfMemory) or not found.fits:
+        raise _refusal(options, target, found)
+    if options.json:
+        print_json(found.to_json() | {"cost": found.cost(options.price) if options.price else None})
+    else:
+        show(found, out(), options.price)
+    return 0
+
+
+def _search(options: PlanOptions, target: Target) -> int:
+    trials = meshes(options.experiment, target, compile=not options.estimate, tries=options.tries, say=say)
+    if options.json:
+        print_json({"meshes": [_trial(trial) for trial in trials]})
+    else:
+        show_ranking(trials[:SHOWN], out())
+        out().print(
+            f"\nbest: tjax plan {options.experiment.name} --on {target.name} {trials[0].overrides}", markup=False
+        )
+    return 0 if trials[0].fits else 2
+
+
+def _refusal(options: PlanOptions, target: Target, found: Plan | OutOfMemory) -> UserError:
+    """Say what does not fit, and what was tried."""
+    if isinstance(found, OutOfMemory):
+        needed, available, source = found.needed, found.available, "compiler"
+    else:
+        needed, available, source = found.memory.total, found.memory.available, "estimate"
+    size = f"{needed / GIB:.1f} GiB a device of {available / GIB:.2f} ({source})"
+    name = f"{options.experiment.name} does not fit {target.name}: {size}."
+    say(f"{name} Trying what would fit")
+    compile = not options.estimate
+    trials = remedies(options.experiment, target, compile=compile, tries=options.tries, say=say)
+    fitting = sorted((t for t in trials if t.fits), key=lambda t: t.compiled is None)
+    if fitting:
+        return UserError(f"{name} These do: {'; '.join(map(_outcome, fitting[:SHORT]))}.")
+    if not trials:
+        return UserError(f"{name} No other setting was possible; take a larger slice.")
+    closest = min(trials, key=lambda t: t.estimate.memory.total)
+    return UserError(f"{name} Nothing tried fits; closest: {_outcome(closest)}. Take a larger slice.")
+
+
+SHORT = 4
+"""Remedies named in one line."""
+
+
+def _outcome(trial: Trial) -> str:
+    return f"{trial.overrides} ({trial.plan.memory.total / GIB:.1f} GiB, {trial.plan.source})"
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(json.dumps(trial.plan.to_json()))
+    return {"overrides": trial.overrides, "fits": trial.fits} | result
+
+
+VERBS = {
+    "plan": Verb(
+        "RECIPE",
+        "memory, time, collectives and cost on a slice, without it",
+        PlanOptions,
+        lambda target: PlanOptions(experiment_of(target)),
+        _plan,
+    ),
+}

@@ -1,0 +1,198 @@
+"""What else could be tried: settings that take less memory, and the other meshes of a slice."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformer_jax.config import Experiment, flatten
+from transformer_jax.errors import UserError
+from transformer_jax.planning.compiler import OutOfMemory
+from transformer_jax.planning.plan import Plan
+from transformer_jax.planning.planner import plan
+from transformer_jax.planning.target import Target
+
+Say = Callable[[str], None]
+
+ENOUGH = 4
+"""Changes that seem to fit, after which no more are looked for."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One change of an experiment, and what came of it."""
+
+    overrides: str
+    """As typed: "--compute.remat full --mesh.fsdp 8"."""
+    estimate: Plan
+    compiled: Plan | OutOfMemory | None = None
+    """None: not compiled."""
+
+    @property
+    def plan(self) -> Plan:
+        """The best that is known."""
+        return self.compiled if isinstance(self.compiled, Plan) else self.estimate
+
+    @property
+    def fits(self) -> bool:
+        """What the compiler says, else what the estimate says."""
+        return not isinstance(self.compiled, OutOfMemory) and self.plan.fits
+
+
+def remedies(experiment: Experiment, target: Target, *, compile: bool, tries: int, say: Say) -> list[Trial]:
+    """Try what would make an experiment fit, until enough is found: estimate changes, compile those that seem to fit.
+
+    Args:
+        experiment: what does not fit.
+        target: where.
+        compile: whether to compile at all.
+        tries: how many successes of the compiler are enough.
+        say: hears of the progress.
+    """
+    trials: list[Trial] = []
+    for trial in _estimated(smaller(experiment, target), experiment, target):
+        trials.append(trial)
+        if sum(t.fits for t in trials) == ENOUGH:
+            break
+    return _confirmed(trials, target, compile, tries, say)
+
+
+def meshes(experiment: Experiment, target: Target, *, compile: bool, tries: int, say: Say) -> list[Trial]:
+    """Rank the meshes of a target: those that fit by the seconds of a step, the others by memory.
+
+    Raises:
+        UserError: no mesh suits the experiment.
+    """
+    changed = list(_meshes(experiment, target))
+    say(f"{len(changed)} meshes of {target.devices} devices")
+    trials = sorted(_estimated(iter(changed), experiment, target), key=_rank)
+    if not trials:
+        raise UserError(
+            f"no mesh of {target.devices} devices suits {experiment.name}: its sizes and data.rows_multiple are not "
+            "divisible by them."
+        )
+    return sorted(_confirmed(trials, target, compile, tries, say), key=_rank)
+
+
+def _rank(trial: Trial) -> tuple[bool, float, int]:
+    return not trial.fits, trial.plan.roofline.step or math.inf if trial.fits else 0.0, trial.plan.memory.total
+
+
+def _confirmed(trials: list[Trial], target: Target, compile: bool, tries: int, say: Say) -> list[Trial]:
+    if not compile or target.compile_devices() is None:
+        return trials
+    left, confirmed = tries, []
+    for trial in trials:
+        if left and trial.fits:
+            say(f"compiling with {trial.overrides}")
+            outcome = plan(trial.estimate.experiment, target)
+            trial = replace(trial, compiled=outcome)  # noqa: PLW2901 - the same trial, with its outcome
+            left -= trial.fits
+        confirmed.append(trial)
+    return confirmed
+
+
+def _estimated(changed: Iterator[Experiment], before: Experiment, target: Target) -> Iterator[Trial]:
+    seen = set()
+    for experiment in changed:
+        overrides = overrides_of(before, experiment)
+        if overrides in seen:
+            continue
+        seen.add(overrides)
+        try:
+            found = plan(experiment, target, compile=False)
+        except UserError:
+            continue  # its sizes do not allow it
+        assert isinstance(found, Plan)
+        yield Trial(overrides, found)
+
+
+def overrides_of(before: Experiment, after: Experiment) -> str:
+    """Return what has to be typed to turn one experiment into the other."""
+    old = dict(flatten(before))
+    changed = [(key, value) for key, value in flatten(after) if old.get(key) != value]
+    return " ".join(f"--{key.replace('_', '-')} {_typed(value)}".rstrip() for key, value in changed)
+
+
+def _typed(value: Any) -> str:
+    return " ".join(map(_typed, value)) if isinstance(value, tuple) else str(value)
+
+
+def smaller(experiment: Experiment, target: Target) -> Iterator[Experiment]:
+    """Yield changes that take less memory, those that cost least first, then several together."""
+    single = [*_remat(experiment), *_chunk(experiment), *_sharded(experiment, target)]
+    yield from (dividing(e, target) for e in single)
+    for sharded in (experiment, *_sharded(experiment, target)):
+        for recomputed in _remat(sharded):
+            yield dividing(recomputed, target)
+            for chunked in _chunk(recomputed):
+                yield dividing(chunked, target)
+                yield from (dividing(e, target) for e in _accumulated(chunked))
+        yield from (dividing(e, target) for e in _accumulated(sharded))
+    yield from (dividing(e, target) for e in _fewer_rows(experiment))
+
+
+def _remat(experiment: Experiment) -> Iterator[Experiment]:
+    order = ["none", "dots", "full"]
+    for policy in order[order.index(experiment.compute.remat) + 1 :]:
+        yield replace(experiment, compute=dataclasses.replace(experiment.compute, remat=policy))  # type: ignore[arg-type]
+
+
+def _chunk(experiment: Experiment) -> Iterator[Experiment]:
+    objective: Any = experiment.objective
+    if any(f.name == "chunk" for f in dataclasses.fields(objective)) and not objective.chunk:
+        yield replace(experiment, objective=replace(objective, chunk=128))
+
+
+def _accumulated(experiment: Experiment) -> Iterator[Experiment]:
+    for factor in (2, 4, 8, 16):
+        steps = experiment.train.accumulate * factor
+        yield replace(experiment, train=replace(experiment.train, accumulate=steps))
+
+
+def _sharded(experiment: Experiment, target: Target) -> Iterator[Experiment]:
+    """Divide parameters and optimizer over 8, 64, ... devices, up to all."""
+    shares = [n for n in (8, 16, 32, 64, 128) if n < target.devices and target.devices % n == 0]
+    for fsdp in (*shares, target.devices):
+        if fsdp > experiment.mesh.fsdp:
+            yield replace(experiment, mesh=replace(experiment.mesh, data=target.devices // fsdp, fsdp=fsdp, tensor=1))
+
+
+def _fewer_rows(experiment: Experiment) -> Iterator[Experiment]:
+    data: Any = experiment.data
+    for name in ("batch_rows", "batch_tokens"):
+        if any(f.name == name for f in dataclasses.fields(data)):
+            for part in (2, 4, 8):
+                less = getattr(data, name) // part
+                changed = {name: less, "rows_multiple": math.gcd(data.rows_multiple, less)}
+                yield replace(experiment, data=replace(data, **(changed if name == "batch_rows" else {name: less})))
+
+
+def _meshes(experiment: Experiment, target: Target) -> Iterator[Experiment]:
+    for tensor in _divisors(target.devices):
+        for fsdp in _divisors(target.devices // tensor):
+            data = target.devices // tensor // fsdp
+            mesh = replace(experiment.mesh, data=data, fsdp=fsdp, tensor=tensor)
+            yield dividing(replace(experiment, mesh=mesh), target)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def dividing(experiment: Experiment, target: Target) -> Experiment:
+    """Set data.rows_multiple so that the mesh and the accumulation divide every batch, and leave out smaller ones."""
+    mesh, data = experiment.mesh, experiment.data
+    others = math.prod(size for size in vars(mesh).values() if size != -1)
+    shards = math.prod(target.devices // others if n == -1 else n for n in (mesh.data, mesh.fsdp))
+    parts = shards * experiment.train.accumulate
+    if data.rows_multiple % parts == 0:
+        return experiment
+    changed: dict[str, Any] = {"rows_multiple": parts}
+    if any(f.name == "ramp" for f in dataclasses.fields(data)):
+        changed["ramp"] = tuple(stage for stage in vars(data)["ramp"] if stage[0] % parts == 0)
+    node: Any = data
+    return replace(experiment, data=replace(node, **changed))

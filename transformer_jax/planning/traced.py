@@ -1,0 +1,73 @@
+"""From an experiment on a mesh to the estimate of its step: layouts of parameters, the trace, the collectives."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+
+from transformer_jax.planning.collectives import Collective
+from transformer_jax.planning.estimate import Estimate, estimate
+from transformer_jax.planning.roofline import as_groups
+from transformer_jax.planning.trace import WHOLE, Layout, trace
+from transformer_jax.sharding import BATCH_AXES, batch_shards
+from transformer_jax.train import Trainer, train_step
+
+GATHERED = frozenset(BATCH_AXES)
+"""Axes along which a parameter is put together before it is used."""
+
+
+def estimated(trainer: Trainer) -> Estimate:
+    """Trace the training step on the rows of one device, and add it up."""
+    shards = batch_shards(trainer.mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((shape[0] // shards, *shape[1:]), dtype)
+        for name, (shape, dtype) in trainer.experiment.data.batch_shapes().items()
+        if name != "example"
+    }
+    closed = jax.make_jaxpr(partial(train_step, trainer))(trainer.abstract_state(), batch)
+    layout = jax.tree.map(_layout, trainer.shardings(), trainer.abstract_state())
+    arguments = [*jax.tree.leaves(layout, is_leaf=lambda x: isinstance(x, frozenset)), *[WHOLE] * len(batch)]
+    leaves = zip(jax.tree.leaves(trainer.skeleton.abstract), jax.tree.leaves(trainer.skeleton.letters), strict=True)
+    shardings = jax.tree.leaves(trainer.shardings().params)
+    # The gradient of a table is put together in full, from what is read and what is scored.
+    known = {
+        leaf.shape: _layout(sharding, leaf)
+        for (leaf, names), sharding in zip(leaves, shardings, strict=True)
+        if "V" not in names
+    }
+    return estimate(trace(closed, arguments, known, GATHERED), trainer.mesh.shape, GATHERED)
+
+
+def _layout(sharding: Any, leaf: Any) -> Layout:
+    mesh, spec = sharding.mesh.shape, (*sharding.spec, *[None] * leaf.ndim)[: leaf.ndim]
+    found = set()
+    for d, axes in enumerate(spec):
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if mesh[axis] > 1:
+                found.add((d, axis))
+    return frozenset(found)
+
+
+def expected(trainer: Trainer, guess: Estimate) -> list[Collective]:
+    """List the collectives that the layout asks for: those of the trace, and the reduction of the gradients."""
+    mesh, times = trainer.mesh, trainer.experiment.train.accumulate
+    width = jax.numpy.dtype(trainer.experiment.compute.dtype).itemsize
+    found = [
+        Collective(e.kind, e.bytes, e.times, as_groups(mesh, e.axis), e.kind == "all-gather", "")
+        for e in guess.exchanges
+    ]
+    shardings = jax.tree.leaves(trainer.shardings().params)
+    for leaf, sharding in zip(jax.tree.leaves(trainer.skeleton.abstract), shardings, strict=True):
+        size = math.prod(sharding.shard_shape(leaf.shape)) * width
+        for axis in BATCH_AXES:
+            n = mesh.shape[axis]
+            if n == 1:
+                continue
+            if any(a == axis for _, a in _layout(sharding, leaf)):
+                found.append(Collective("reduce-scatter", size * n, times, as_groups(mesh, axis), False, ""))
+            else:
+                found.append(Collective("all-reduce", size, times, as_groups(mesh, axis), False, ""))
+    return found
