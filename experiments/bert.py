@@ -140,7 +140,7 @@ def bert_medium() -> Experiment:
 
 def bert_small_demo() -> Experiment:
     """A small BERT for 2 CPU cores and the pages of LibreOffice Help; about 10 minutes."""
-    steps = 3000
+    steps = 2000
     return Experiment(
         name="bert_small_demo",
         model=SMALL,
@@ -153,7 +153,7 @@ def bert_small_demo() -> Experiment:
             weight_decay=0.01,
             clip_norm=1.0,
         ),
-        train=TrainConfig(steps=steps, eval_every=250, save_every=500),
+        train=TrainConfig(steps=steps, eval_every=200, save_every=500),
     )
 
 

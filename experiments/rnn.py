@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.transformer import HELP_EN_KO, transformer_base_wmt14_en_de, transformer_demo_en_ko
+from experiments.transformer import DEMO, HELP_EN_KO, transformer_base_wmt14_en_de, transformer_demo_en_ko
 from transformer_jax.config import (
     DecodeConfig,
     Experiment,
@@ -197,18 +197,21 @@ def luong_wmt14_en_de() -> Experiment:
 
 def attention_en_ko() -> list[Experiment]:
     """What attention is worth: LSTM, Bahdanau, Luong, Transformer on sentences of 2 to 24 words."""
-    steps = 600
-    data = replace(HELP_EN_KO, max_words=24, max_length=64, bucket_lengths=(16, 24, 32, 48, 64))
-    contestants = [lstm_demo_en_ko(), bahdanau_demo_en_ko(), luong_demo_en_ko(), transformer_demo_en_ko()]
+    steps = 1000
+    # Small batches: it takes steps, more than tokens, until attention has found its place.
+    data = replace(HELP_EN_KO, max_words=24, max_length=64, batch_tokens=768, bucket_lengths=(16, 32, 64))
+    transformer = transformer_demo_en_ko()
+    # Post-LN as published is still looking for it when the others are done.
+    transformer = replace(transformer, model=replace(DEMO, pre_norm=True))
     return [
         replace(
             experiment,
             data=data,
-            optim=replace(experiment.optim, schedule=replace(experiment.optim.schedule, warmup=100, steps=steps)),
-            train=replace(experiment.train, steps=steps, eval_every=100, save_every=300),
+            optim=replace(experiment.optim, schedule=replace(experiment.optim.schedule, warmup=150, steps=steps)),
+            train=replace(experiment.train, steps=steps, eval_every=100, save_every=500),
             decode=replace(experiment.decode, beam=1),
         )
-        for experiment in contestants
+        for experiment in (lstm_demo_en_ko(), bahdanau_demo_en_ko(), luong_demo_en_ko(), transformer)
     ]
 
 

@@ -19,6 +19,10 @@ from transformer_jax.objectives import Seq2Seq
 BASE = TransformerConfig()
 BIG = replace(BASE, width=1024, heads=16, feedforward=4096, dropout=0.3)
 
+DEMO = TransformerConfig(
+    vocab_size=2000, width=128, heads=4, feedforward=512, encoder_layers=2, decoder_layers=2, dropout=0.2
+)
+
 HELP_EN_KO = ParallelText(
     dataset="tjax_parallel/help_en_ko",
     source="en",
@@ -112,9 +116,7 @@ def transformer_demo_en_ko() -> Experiment:
     steps = 2000
     return Experiment(
         name="transformer_demo_en_ko",
-        model=TransformerConfig(
-            vocab_size=2000, width=128, heads=4, feedforward=512, encoder_layers=2, decoder_layers=2, dropout=0.2
-        ),
+        model=DEMO,
         objective=Seq2Seq(smoothing=0.1),
         data=HELP_EN_KO,
         optim=OptimConfig(schedule=ScheduleConfig(kind="cosine", peak=3e-3, warmup=200, steps=steps), clip_norm=1.0),
