@@ -14,10 +14,7 @@ from typing import Any
 
 from jax.extend import core
 
-Layout = frozenset[tuple[int, str]]
-"""(dimension, mesh axis) of every dimension that is divided."""
-
-WHOLE: Layout = frozenset()
+from transformer_jax.planning.layouts import WHOLE, Layout, spread
 
 MATERIAL = frozenset(
     (
@@ -85,6 +82,7 @@ def trace(
     layouts: Sequence[Layout],
     known: Mapping[tuple[int, ...], Layout],
     gathered: frozenset[str],
+    product: int,
 ) -> Trace:
     """List the operations of a traced function.
 
@@ -93,10 +91,11 @@ def trace(
         layouts: of its inputs.
         known: layouts that arrays of these shapes (the gradients) get where a loop hands them out.
         gathered: axes that are given up where a value is used for anything but an update in place.
+        product: bytes to which the device rounds an input of a matrix product, at most.
     """
     inputs = [_value(v.aval, layout).in_memory() for v, layout in zip(closed.jaxpr.invars, layouts, strict=True)]
     constants = [_value(v.aval).in_memory() for v in closed.jaxpr.constvars]
-    found = _Tracer(known, gathered).run(closed.jaxpr, constants, inputs, backward=False)
+    found = _Tracer(known, gathered, product).run(closed.jaxpr, constants, inputs, backward=False)
     return Trace(inputs, found.operations, found.outputs)
 
 
@@ -108,6 +107,9 @@ def _value(aval: Any, layout: Layout = WHOLE, **more: Any) -> Value:
 class _Tracer:
     known: Mapping[tuple[int, ...], Layout]
     gathered: frozenset[str]
+    product: int
+    loops: int = 0
+    """Around what is being read."""
 
     def run(self, jaxpr: core.Jaxpr, constants: list[Value], inputs: list[Value], *, backward: bool) -> Trace:
         values: dict[Any, Value] = dict(zip(jaxpr.constvars, constants, strict=True))
@@ -154,6 +156,8 @@ class _Tracer:
         for v, value in zip(equation.outvars, made, strict=True):
             # What several operations use is kept rather than computed anew from many others.
             kept = uses.get(v, 0) > 1 and sizes > 2 * math.prod(value.shape) * value.itemsize > 0
+            if backward and not self.loops:
+                value.layout |= self.known.get(value.shape, WHOLE)  # a gradient
             if (equation.primitive.name in MATERIAL and not _one_hot(equation)) or (kept and len(roots) > 1):
                 value.in_memory()
         return made
@@ -164,6 +168,26 @@ class _Tracer:
             return value
         layout = frozenset((d, axis) for d, axis in value.layout if axis not in self.gathered)
         return value if layout == value.layout else Value(value.shape, value.itemsize, layout, value.roots)
+
+    def _needed(self, jaxpr: core.Jaxpr, variable: Any, itemsize: int) -> int:
+        """Bytes of an element that all uses of a variable together need."""
+        needed = 0
+        for equation in jaxpr.eqns:
+            for place, v in enumerate(equation.invars):
+                if v is not variable:
+                    continue
+                if equation.primitive.name == "dot_general":
+                    part = min(self.product, itemsize)
+                elif equation.primitive.name == "convert_element_type":
+                    part = min(equation.outvars[0].aval.dtype.itemsize, itemsize)
+                elif equation.primitive.name in ("transpose", "reshape", "squeeze"):
+                    part = self._needed(jaxpr, equation.outvars[0], itemsize)
+                elif inner := _inner(equation.params):
+                    part = self._needed(inner[0], inner[0].invars[place], itemsize)
+                else:
+                    part = itemsize
+                needed = max(needed, part)
+        return needed if all(v is not variable for v in jaxpr.outvars) else itemsize
 
     def _gradient(self, shape: tuple[int, ...]) -> Layout:
         """Return the layout of a stacked parameter whose gradient comes with its layers in groups: [L / 2, 2, ...]."""
@@ -176,6 +200,9 @@ class _Tracer:
     def _scan(self, equation: Any, taken: list[Value], *, backward: bool) -> Operation:
         constants, carried = equation.params["num_consts"], equation.params["num_carry"]
         closed = equation.params["jaxpr"]
+        for v, value in zip(closed.jaxpr.invars[constants + carried :], taken[constants + carried :], strict=True):
+            if value.saved:  # what is rounded before it is used is kept rounded
+                value.itemsize = self._needed(closed.jaxpr, v, value.itemsize)
         layouts = []
         for i, value in enumerate(taken):
             if i < constants:
@@ -186,7 +213,9 @@ class _Tracer:
                 layouts.append(frozenset((d - 1, axis) for d, axis in value.layout if d))
         while True:
             inputs = [_value(v.aval, a).in_memory() for v, a in zip(closed.jaxpr.invars, layouts, strict=True)]
+            self.loops += 1
             body = self.run(closed.jaxpr, [], inputs, backward=backward)
+            self.loops -= 1
             after = [value.layout for value in body.outputs[:carried]]
             before = layouts[constants : constants + carried]
             if all(a <= b for a, b in zip(after, before, strict=True)):
@@ -216,78 +245,3 @@ def _inner(parameters: dict[str, Any]) -> tuple[core.Jaxpr] | None:
             found = parameters[name]
             return (getattr(found, "jaxpr", found),)
     return None
-
-
-def spread(equation: Any, taken: list[Value]) -> list[Layout]:
-    """Return the layouts of what an operation makes."""
-    parameters, shapes = equation.params, [tuple(v.aval.shape) for v in equation.outvars]
-    match equation.primitive.name:
-        case "dot_general":
-            return [_product(parameters["dimension_numbers"], *taken)]
-        case "transpose":
-            order = parameters["permutation"]
-            return [_moved(taken[0].layout, {d: i for i, d in enumerate(order)})]
-        case "broadcast_in_dim":
-            to = parameters["broadcast_dimensions"]
-            same = {d: t for d, t in enumerate(to) if taken[0].shape[d] == shapes[0][t]}
-            return [_moved(taken[0].layout, same)]
-        case "reshape":
-            return [_reshaped(taken[0], shapes[0])]
-        case "squeeze":
-            gone = {d % len(taken[0].shape) for d in parameters["dimensions"]}
-            return [_moved(taken[0].layout, _left(len(taken[0].shape), gone))]
-        case "gather":
-            return [WHOLE]
-        case "scatter" | "scatter-add":
-            return [taken[0].layout]
-        case name if name.startswith(("reduce_", "arg")) and "axes" in parameters:
-            left = _left(len(taken[0].shape), set(parameters["axes"]))
-            return [_moved(taken[0].layout, left)] * len(shapes)
-    joined = []
-    for shape in shapes:
-        alike = [v for v in taken if len(v.shape) == len(shape)]
-        joined.append(frozenset((d, a) for v in alike for d, a in v.layout if v.shape[d] == shape[d]))
-    return joined
-
-
-def _moved(layout: Layout, to: Mapping[int, int]) -> Layout:
-    return frozenset((to[d], axis) for d, axis in layout if d in to)
-
-
-def _left(rank: int, gone: set[int]) -> dict[int, int]:
-    """Number the dimensions that are left anew."""
-    return {d: i for i, d in enumerate(d for d in range(rank) if d not in gone)}
-
-
-def _product(numbers: Any, left: Value, right: Value) -> Layout:
-    (left_sum, right_sum), (left_batch, right_batch) = numbers
-    layout: set[tuple[int, str]] = set()
-    for i, (a, b) in enumerate(zip(left_batch, right_batch, strict=True)):
-        layout |= {(i, axis) for d, axis in left.layout if d == a} | {(i, axis) for d, axis in right.layout if d == b}
-    place = len(left_batch)
-    for value, gone in ((left, {*left_sum, *left_batch}), (right, {*right_sum, *right_batch})):
-        kept = _left(len(value.shape), gone)
-        layout |= {(place + kept[d], axis) for d, axis in value.layout if d in kept}
-        place += len(kept)
-    return frozenset(layout)
-
-
-def _reshaped(value: Value, shape: tuple[int, ...]) -> Layout:
-    """Follow the dimensions through groups of equal size: a divided one lives on in the first of its group."""
-    layout: set[tuple[int, str]] = set()
-    axes = dict(value.layout)
-    old = [(d, n) for d, n in enumerate(value.shape) if n > 1]
-    new = [(d, n) for d, n in enumerate(shape) if n > 1]
-    while old and new:
-        before, after = [old.pop(0)], [new.pop(0)]
-        while (a := math.prod(n for _, n in before)) != (b := math.prod(n for _, n in after)):
-            if a < b and old:
-                before.append(old.pop(0))
-            elif a > b and new:
-                after.append(new.pop(0))
-            else:
-                return frozenset(layout)
-        for place, (d, _) in enumerate(before):
-            if d in axes:
-                layout.add((after[0 if place == 0 else -1][0], axes[d]))
-    return frozenset(layout)

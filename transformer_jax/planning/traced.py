@@ -18,6 +18,12 @@ from transformer_jax.train import Trainer, train_step
 GATHERED = frozenset(BATCH_AXES)
 """Axes along which a parameter is put together before it is used."""
 
+LANES = 128
+"""Elements of the last dimension of a TPU's tile."""
+
+BFLOAT16, FLOAT32 = 2, 4
+"""Bytes of an element; a TPU multiplies float32 matrices in bfloat16 unless told otherwise."""
+
 
 def estimated(trainer: Trainer) -> Estimate:
     """Trace the training step on the rows of one device, and add it up."""
@@ -30,15 +36,15 @@ def estimated(trainer: Trainer) -> Estimate:
     closed = jax.make_jaxpr(partial(train_step, trainer))(trainer.abstract_state(), batch)
     layout = jax.tree.map(_layout, trainer.shardings(), trainer.abstract_state())
     arguments = [*jax.tree.leaves(layout, is_leaf=lambda x: isinstance(x, frozenset)), *[WHOLE] * len(batch)]
-    leaves = zip(jax.tree.leaves(trainer.skeleton.abstract), jax.tree.leaves(trainer.skeleton.letters), strict=True)
+    known = {}
     shardings = jax.tree.leaves(trainer.shardings().params)
-    # The gradient of a table is put together in full, from what is read and what is scored.
-    known = {
-        leaf.shape: _layout(sharding, leaf)
-        for (leaf, names), sharding in zip(leaves, shardings, strict=True)
-        if "V" not in names
-    }
-    return estimate(trace(closed, arguments, known, GATHERED), trainer.mesh.shape, GATHERED)
+    for leaf, sharding in zip(jax.tree.leaves(trainer.skeleton.abstract), shardings, strict=True):
+        # The gradient of a table [V, D] is kept in full where a device's share of D does not fill tiles.
+        if leaf.ndim != 2 or sharding.shard_shape(leaf.shape)[-1] % LANES == 0:
+            known[leaf.shape] = _layout(sharding, leaf)
+    tpu = trainer.mesh.devices.flat[0].platform == "tpu"
+    program = trace(closed, arguments, known, GATHERED, product=BFLOAT16 if tpu else FLOAT32)
+    return estimate(program, trainer.mesh.shape, GATHERED)
 
 
 def _layout(sharding: Any, leaf: Any) -> Layout:
