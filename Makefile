@@ -15,7 +15,7 @@ CONSTRAINTS = $(wildcard constraints/py$(shell $(PYTHON) -c 'import sys; print("
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest test-multi lint types bench data clean
+.PHONY: help setup demo test test-latest test-multi plan-all lint types bench data clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,9 @@ test: $(VENV)/dev  ## all tests
 
 test-multi: $(VENV)/dev  ## only the tests that start several processes
 	$(BIN)/python -m pytest -m multi
+
+plan-all: $(VENV)/plan  ## compile every TPU recipe for its slice, without a TPU, and compare (minutes a recipe)
+	TJAX_PLAN_ALL=1 $(BIN)/python -m pytest tests/test_plan_tpu.py
 
 test-latest:  ## all tests with the newest Python at hand and the newest releases of everything
 	@for python in python3.14 python3.13 $(HOME)/.pyenv/versions/3.1[34]*/bin/python3 python3.12 $(PYTHON); do \
@@ -66,3 +69,7 @@ $(VENV)/core: $(VENV)/python pyproject.toml $(CONSTRAINTS)
 $(VENV)/dev: $(VENV)/python pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) --editable ".[dev$(addprefix $(comma),$(ACCELERATOR))]"
 	@touch $@ $(VENV)/core
+
+$(VENV)/plan: $(VENV)/dev
+	$(INSTALL) --editable ".[dev,plan]"
+	@touch $@

@@ -109,12 +109,13 @@ def _gpt3(
     full size over the first 4 to 12B tokens, here in steps of doubling rows over 8B.
     """
     rows = round(batch / 2048 / 256) * 256
-    warmup, decay, total = (round(tokens / (rows * 2048)) for tokens in (375e6, 260e9, 300e9))
+    ramp = _ramp(rows, 8e9)
+    warmup, decay, total = (_steps(tokens, rows, ramp) for tokens in (375e6, 260e9, 300e9))
     return Experiment(
         name=name,
         model=replace(GPT3, width=width, layers=layers, heads=heads),
         objective=CausalLM(chunk=256),
-        data=PackedText(dataset="c4/en", context=2048, batch_rows=rows, rows_multiple=16, ramp=_ramp(rows, 8e9)),
+        data=PackedText(dataset="c4/en", context=2048, batch_rows=rows, rows_multiple=16, ramp=ramp),
         optim=OptimConfig(
             schedule=ScheduleConfig(kind="cosine", peak=peak, warmup=warmup, steps=decay, final=0.1),
             b2=0.95,
@@ -141,6 +142,17 @@ def _ramp(rows: int, tokens: float) -> tuple[tuple[int, int], ...]:
         sizes.append(size)
         size *= 2
     return tuple((size, round(tokens / len(sizes) / (size * 2048))) for size in sizes)
+
+
+def _steps(tokens: float, rows: int, ramp: tuple[tuple[int, int], ...]) -> int:
+    """Count the steps after which so many tokens have been seen."""
+    steps = 0
+    for stage, length in ramp:
+        if tokens <= stage * 2048 * length:
+            return steps + round(tokens / (stage * 2048))
+        tokens -= stage * 2048 * length
+        steps += length
+    return steps + round(tokens / (rows * 2048))
 
 
 def gpt3_125m() -> Experiment:
@@ -225,12 +237,12 @@ def gpt2_shakespeare_char() -> Experiment:
     )
 
 
-def llama_style_125m() -> Experiment:
+def llama_style_114m() -> Experiment:
     """The same decoder in the dialect of Llama (Touvron 2023): RMSNorm, SwiGLU, RoPE, grouped queries, no biases."""
     gpt2 = gpt2_124m()
     return replace(
         gpt2,
-        name="llama_style_125m",
+        name="llama_style_114m",
         model=replace(
             GPT2,
             vocab_size=50_304,

@@ -30,7 +30,7 @@ from transformer_jax.text_stream import TextStream
 
 ENCODER = PromptEncoder(CHARACTERS, 48)
 GREEDY = Generation(max_tokens=17, temperature=0.0)
-SAMPLED = Generation(max_tokens=17, n=2, top_k=9, top_p=0.9, repetition_penalty=1.1, seed=4)
+SAMPLED = Generation(max_tokens=17, n=2, min_p=0.03, repetition_penalty=1.1, seed=4)
 PROMPTS = ["Give me ", "W", "Have mercy, Je", ""]
 LONG = "Give me my horse: bind up my wounds. Have m"
 MODELS = {"gpt2": GPT2, "modern": MODERN}

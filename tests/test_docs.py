@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from transformer_jax.cli import VERBS, benchmarks, training, translation
+from transformer_jax.cli import VERBS, benchmarks, reading, training, translation
 from transformer_jax.cli.verb import parse
 from transformer_jax.config import ComputeConfig, Experiment
 from transformer_jax.nn.module import Skeleton
@@ -71,7 +71,7 @@ def _runs_of_the_reader(monkeypatch):
         name = Path(target).name if target.startswith("runs/") else target
         return find_recipe(name if name in recipes() or not target.startswith("runs/") else DEMO)
 
-    for module in (training, translation, benchmarks):
+    for module in (training, translation, reading, benchmarks):
         for reader in ("experiment_of", "experiment_of_run"):
             if hasattr(module, reader):
                 monkeypatch.setattr(module, reader, experiment)

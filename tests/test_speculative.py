@@ -118,7 +118,6 @@ def sample(filters: Filters, rows: int) -> Any:
     [
         Filters(temperature=1.0),
         Filters(temperature=0.7, top_k=3, repetition_penalty=1.5),
-        Filters(temperature=1.3, top_p=0.8),
     ],
 )
 def test_sampled_text_has_the_distribution_of_the_target_alone(filters: Filters) -> None:

@@ -18,6 +18,9 @@ from transformer_jax.planning.remedies import Trial, meshes, remedies
 from transformer_jax.planning.report import GIB, show, show_ranking
 from transformer_jax.planning.target import Target, find_target
 
+CLOSE = 1.15
+"""An estimate of memory may be so much too large."""
+
 SHOWN = 12
 """Meshes of a ranking."""
 
@@ -86,6 +89,8 @@ def _refusal(options: PlanOptions, target: Target, found: Plan | OutOfMemory) ->
         needed, available, source = found.memory.total, found.memory.available, "estimate"
     size = f"{needed / GIB:.1f} GiB a device of {available / GIB:.2f} ({source})"
     name = f"{options.experiment.name} does not fit {target.name}: {size}."
+    if source == "estimate" and needed < CLOSE * available:
+        name += " So close, an estimate may be wrong."
     say(f"{name} Trying what would fit")
     compile = not options.estimate
     trials = remedies(options.experiment, target, compile=compile, tries=options.tries, say=say)

@@ -20,7 +20,6 @@ from transformer_jax.planning.estimate import Estimate
 from transformer_jax.planning.plan import Memory, Move, Plan, Source
 from transformer_jax.planning.roofline import link_of, roofline
 from transformer_jax.planning.target import Target
-from transformer_jax.planning.trace import Value
 from transformer_jax.planning.traced import estimated, expected
 from transformer_jax.sharding import batch_shards
 from transformer_jax.train import Trainer
@@ -107,8 +106,8 @@ def _assemble(
     if compiled is not None:
         working = compiled.peak - sum(state.values())
         note = (
-            f"The compiler gives {_gib(working)} GiB of activations, logits, gradients and temporaries together; they "
-            f"are divided as in the traced step, which comes to {guess.bytes / max(working, 1):.2f} of that."
+            f"Memory: the last four parts are {_gib(working)} GiB by the compiler, divided as in the estimate, which "
+            f"comes to {guess.bytes / max(working, 1):.2f} of that."
         )
         parts = _scaled(parts, max(working, 0))
     found = expected(trainer, guess) if compiled is None else compiled.collectives
@@ -145,20 +144,18 @@ def _gib(size: float) -> str:
 def _parts(guess: Estimate, trainer: Trainer) -> dict[str, int]:
     """Sort what is alive at the peak by what it is for."""
     parts = dict.fromkeys(("activations", "logits", "gradients", "temporaries"), 0)
-    parameters = {leaf.shape for leaf in jax.tree.leaves(trainer.skeleton.abstract)}
+    parameters = [leaf.shape for leaf in jax.tree.leaves(trainer.skeleton.abstract)]
+    sizes, layers = {math.prod(shape) for shape in parameters}, {shape[1:] for shape in parameters if len(shape) > 2}
     for value, size in guess.peak:
-        parts[_kind(value, parameters, trainer.experiment.model.vocab_size)] += size
+        weights = value.saved and value.shape[1:] in layers  # rounded for the products
+        if value.backward and math.prod(value.shape) in sizes:
+            kind = "gradients"
+        elif len(value.shape) > 2 and value.shape[-1] == trainer.experiment.model.vocab_size:
+            kind = "logits"
+        else:
+            kind = "temporaries" if value.backward or weights else "activations"
+        parts[kind] += size
     return parts
-
-
-def _kind(value: Value, parameters: set[tuple[int, ...]], vocabulary: int) -> str:
-    if value.saved:
-        return "activations"
-    if value.shape in parameters:
-        return "gradients"
-    if len(value.shape) > 2 and value.shape[-1] == vocabulary:
-        return "logits"
-    return "temporaries" if value.backward else "activations"
 
 
 def _scaled(parts: Mapping[str, int], total: int) -> dict[str, int]:

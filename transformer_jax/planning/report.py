@@ -23,13 +23,13 @@ def show(plan: Plan, console: Console, price: float = 0.0) -> None:
     )
     console.print(f"{_source(plan)}\n", markup=False)
 
-    table = _table(f"{plan.parameters:,} parameters; FLOPs of a step of {plan.flops.tokens:,} positions", 2)
+    table = _table(f"{plan.parameters:,} parameters; FLOPs of a step of {plan.flops.tokens:,} positions", "lrr")
     for name, count in (*plan.flops.named().items(), ("computed: all attention, recomputation", plan.computed_flops)):
         each = "n/a" if count is None else f"{count / plan.flops.tokens / 1e9:,.2f} G each"
         table.add_row(name, "n/a" if count is None else f"{count:.3e}", each)
     console.print(table)
 
-    table = _table("\nmemory of a device", 1)
+    table = _table("\nmemory of a device", "lr")
     for name in ("parameters", "optimizer", "batch", "activations", "logits", "gradients", "temporaries"):
         table.add_row(name, f"{getattr(memory, name) / GIB:.2f} GiB")
     verdict = "fits" if plan.fits else "does not fit"
@@ -39,11 +39,11 @@ def show(plan: Plan, console: Console, price: float = 0.0) -> None:
     console.print(table)
 
     if plan.moves:
-        table = _table("\ncollectives of a device in a step", 2)
+        table = _table("\ncollectives of a device in a step", "lllrrr")
         for move in plan.moves:
-            meanwhile = {True: "computing meanwhile", False: "waiting", None: ""}[move.overlapped]
-            what = f"{move.kind} along {move.axes} over {move.network}"
-            table.add_row(what, f"{move.bytes / GIB:.3f} GiB", f"{move.calls:,} calls", meanwhile)
+            hidden = {True: "overlapped", False: "exposed", None: ""}[move.overlapped]
+            size, calls = f"{move.bytes / GIB:.3f} GiB", f"{move.calls:,} calls"
+            table.add_row(move.kind, move.axes, move.network, size, calls, hidden)
         console.print(table)
 
     _time(plan, console, price)
@@ -55,11 +55,11 @@ def show(plan: Plan, console: Console, price: float = 0.0) -> None:
 def _time(plan: Plan, console: Console, price: float) -> None:
     roofline = plan.roofline
     parts = {"compute": roofline.compute, "memory traffic": roofline.memory, **roofline.networks}
-    table = _table("\nleast time of a step", 1)
+    table = _table("\nleast time of a step", "lr")
     for name, seconds in parts.items():
         table.add_row(name, _milliseconds(seconds))
-    if roofline.waiting:
-        table.add_row("of the networks', waiting", _milliseconds(roofline.waiting))
+    if roofline.exposed:
+        table.add_row("of the network time, exposed", _milliseconds(roofline.exposed))
     table.add_row(f"step: bound by {roofline.bound}", _milliseconds(roofline.step), style="bold")
     console.print(table)
     chip = plan.target.chip
@@ -111,9 +111,9 @@ def _milliseconds(seconds: float | None) -> str:
     return "n/a" if seconds is None else f"{seconds * 1e3:,.1f} ms"
 
 
-def _table(title: str, columns: int) -> Table:
+def _table(title: str, columns: str) -> Table:
+    """Make a table without a frame; a letter for each column: l(eft) or r(ight)."""
     table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False, show_header=False)
-    table.add_column(min_width=36)
-    for _ in range(columns):
-        table.add_column(justify="right")
+    for letter in columns:
+        table.add_column(justify="right" if letter == "r" else "left")
     return table

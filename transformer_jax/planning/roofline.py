@@ -34,16 +34,16 @@ class Roofline:
     compute: float | None
     memory: float
     networks: dict[str, float | None]
-    waiting: float | None
+    exposed: float | None
     """Of the seconds of the networks, those in which nothing is computed."""
 
     @property
     def step(self) -> float | None:
         """Seconds of a step if everything that can run beside each other does, at full speed."""
-        if self.compute is None or self.waiting is None:
+        if self.compute is None or self.exposed is None:
             return None
-        hidden = sum(seconds or 0.0 for seconds in self.networks.values()) - self.waiting
-        return max(self.compute, self.memory, hidden) + self.waiting
+        hidden = sum(seconds or 0.0 for seconds in self.networks.values()) - self.exposed
+        return max(self.compute, self.memory, hidden) + self.exposed
 
     @property
     def bound(self) -> str:
@@ -68,16 +68,16 @@ def roofline(
     """
     peak = target.chip.peak.get(dtype)
     networks: dict[str, float | None] = {}
-    waiting: float | None = 0.0
+    exposed: float | None = 0.0
     for collective in found:
         link = link_of(target, mesh, collective.groups)
         seconds = _seconds(collective, link)
         before = networks.get(link.network, 0.0)
         networks[link.network] = None if seconds is None or before is None else before + seconds
         if not collective.overlapped:
-            waiting = None if seconds is None or waiting is None else waiting + seconds
+            exposed = None if seconds is None or exposed is None else exposed + seconds
     compute = None if peak is None else flops / peak
-    return Roofline(compute, traffic / target.chip.memory_bandwidth, networks, waiting)
+    return Roofline(compute, traffic / target.chip.memory_bandwidth, networks, exposed)
 
 
 def _seconds(collective: Collective, link: Link) -> float | None:

@@ -60,6 +60,7 @@ class Target:
         if not _installed("libtpu"):
             return None
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a metadata server that is not there
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several plans may be made at once
         generation = self.slice.generation
         shape = self.slice.topology
         more: dict[str, Any] = {}

@@ -179,7 +179,7 @@ class _Tracer:
                 if equation.primitive.name == "dot_general":
                     part = min(self.product, itemsize)
                 elif equation.primitive.name == "convert_element_type":
-                    part = min(equation.outvars[0].aval.dtype.itemsize, itemsize)
+                    part = min(equation.params["new_dtype"].itemsize, itemsize)
                 elif equation.primitive.name in ("transpose", "reshape", "squeeze"):
                     part = self._needed(jaxpr, equation.outvars[0], itemsize)
                 elif inner := _inner(equation.params):

@@ -10,8 +10,9 @@ import jax
 
 from transformer_jax.planning.collectives import Collective
 from transformer_jax.planning.estimate import Estimate, estimate
+from transformer_jax.planning.layouts import WHOLE, Layout
 from transformer_jax.planning.roofline import as_groups
-from transformer_jax.planning.trace import WHOLE, Layout, trace
+from transformer_jax.planning.trace import trace
 from transformer_jax.sharding import BATCH_AXES, batch_shards
 from transformer_jax.train import Trainer, train_step
 

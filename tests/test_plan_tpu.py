@@ -1,0 +1,71 @@
+"""Every TPU recipe compiles for its slice, fits, and takes what it took: `make plan-all`. Needs libtpu, and no TPU.
+
+A plan of `tests/golden/plan/` is a recipe, a slice and overrides, with the memory of a device and the bytes of its
+collectives as they were; UPDATE_GOLDEN=1 writes them anew. A weight that is silently replicated, or a gather that has
+become an all-reduce, shows there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from transformer_jax.cli.planning import VERBS, PlanOptions
+from transformer_jax.cli.verb import parse
+from transformer_jax.planning.plan import Plan
+from transformer_jax.planning.planner import plan
+from transformer_jax.planning.target import find_target
+
+GOLDEN = sorted((Path(__file__).parent / "golden" / "plan").glob("*.json"))
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # of libtpu, about the machine
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: `make plan-all`"),
+    pytest.mark.skipif("TJAX_PLAN_ALL" not in os.environ, reason="minutes a recipe: `make plan-all`"),
+]
+
+golden = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+
+
+@cache
+def compiled(path: Path) -> Plan:
+    was = json.loads(path.read_text(encoding="utf-8"))
+    default = VERBS["plan"].default(was["recipe"])
+    options = parse(PlanOptions, default, was["overrides"].split(), "tjax plan")
+    found = plan(options.experiment, find_target(was["on"]))
+    assert isinstance(found, Plan), f"{path.stem} does not fit any more: {found}"
+    return found
+
+
+@golden
+def test_recipe_takes_what_it_took(path):
+    found, was = compiled(path), json.loads(path.read_text(encoding="utf-8"))
+    collectives: dict[str, dict[str, int]] = {}
+    for move in found.moves:
+        kind = collectives.setdefault(move.kind, {"bytes": 0, "calls": 0})
+        kind["bytes"] += move.bytes
+        kind["calls"] += move.calls
+    now = {"memory": found.memory.total, "collectives": dict(sorted(collectives.items()))}
+    if "UPDATE_GOLDEN" in os.environ:
+        version = f"libtpu {importlib.metadata.version('libtpu')}"
+        path.write_text(json.dumps(was | {"compiler": version} | now, indent=2) + "\n", encoding="utf-8")
+        return
+    assert found.source == "compiler"
+    assert now["memory"] == pytest.approx(was["memory"], rel=0.03)
+    assert now["collectives"].keys() == was["collectives"].keys()
+    for kind, amounts in was["collectives"].items():
+        assert now["collectives"][kind]["bytes"] == pytest.approx(amounts["bytes"], rel=0.05), kind
+
+
+@golden
+def test_estimate_of_memory_is_within_15_percent(path):
+    found = compiled(path)
+    guess = plan(found.experiment, found.target, compile=False)
+    assert guess.memory.total == pytest.approx(found.memory.total, rel=0.15)
