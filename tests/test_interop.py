@@ -121,6 +121,7 @@ def test_a_conversion_there_and_back(tmp_path, capsys):
     assert all(np.array_equal(ours[name], given[name]) for name in given)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_an_imported_model(tmp_path):
     from transformer_jax import verbs
     from transformer_jax.config import InitConfig, OptimConfig, ScheduleConfig, TrainConfig

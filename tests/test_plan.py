@@ -17,7 +17,7 @@ from transformer_jax.planning.collectives import Collective
 from transformer_jax.planning.compiler import OutOfMemory, _out_of_memory
 from transformer_jax.planning.planner import plan as plan_any
 from transformer_jax.planning.planner import trainer_of
-from transformer_jax.planning.remedies import dividing, meshes, overrides_of, remedies, smaller
+from transformer_jax.planning.remedies import ENOUGH, dividing, meshes, overrides_of, remedies, smaller
 from transformer_jax.planning.roofline import as_groups, link_of, roofline
 from transformer_jax.planning.target import find_target
 from transformer_jax.recipes import find_recipe
@@ -177,13 +177,12 @@ def test_what_takes_less_can_be_typed():
 
 
 def test_remedies_of_what_is_too_large_fit():
-    """A vocabulary whose logits alone take more than a chip has."""
-    large = replace(gpt(data=8), model=replace(gpt().model, vocab_size=90_000_000, width=8, heads=4))
+    large = replace(gpt(data=8), data=replace(gpt().data, batch_rows=2**19, rows_multiple=2**10))
     before = plan(large, V5E8)
     assert not before.fits
     trials = remedies(large, V5E8, compile=False, tries=1, say=silent)
     fitting = [trial for trial in trials if trial.fits]
-    assert fitting
+    assert len(fitting) == ENOUGH
     assert all(trial.plan.memory.total < before.memory.total for trial in fitting)
 
 

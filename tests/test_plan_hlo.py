@@ -1,4 +1,4 @@
-"""Laws of the compiled training step, read from its HLO on 8 fake devices: which collectives it holds, and no others."""
+"""Laws of the compiled training step, read from its HLO on 8 fake devices: its collectives, and no others."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_loops_count_as_often_as_they_turn():
     times = [
         n
         for _, i, n in program.walk()
-        if i.opcode in ("dot", "custom-call") or "dot" in i.name and i.opcode == "fusion"
+        if i.opcode in ("dot", "custom-call") or ("dot" in i.name and i.opcode == "fusion")
     ]
     assert max(times) == 21
 
@@ -201,7 +201,7 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   %done.2 = f32[4]{0:T(128)} collective-permute-done(%start.2)
   ROOT %r = f32[4]{0:T(128)} get-tuple-element(%while.1), index=1
 }
-"""
+"""  # noqa: E501 - as XLA prints it
 
 
 def test_what_runs_between_start_and_end_hides_a_collective():
