@@ -197,7 +197,7 @@ def luong_wmt14_en_de() -> Experiment:
 
 def attention_en_ko() -> list[Experiment]:
     """What attention is worth: LSTM, Bahdanau, Luong, Transformer on sentences of 2 to 24 words."""
-    steps = 1000
+    steps = 800
     # Small batches: it takes steps, more than tokens, until attention has found its place.
     data = replace(HELP_EN_KO, max_words=24, max_length=64, batch_tokens=768, bucket_lengths=(16, 32, 64))
     transformer = transformer_demo_en_ko()

@@ -135,7 +135,7 @@ def test_a_run_starts_from_an_imported_model(tmp_path):
     experiment = replace(
         load_meta(run)[0],
         name="further",
-        data=PackedText(str(text), boundary="blank line", tokenizer="characters", context=16, batch_rows=8),
+        data=PackedText(str(text), boundary="blank_line", tokenizer="characters", context=16, batch_rows=8),
         optim=OptimConfig(schedule=ScheduleConfig(peak=0.0, warmup=0)),
         train=TrainConfig(steps=1),
         init=InitConfig(run=str(run)),

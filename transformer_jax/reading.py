@@ -83,7 +83,7 @@ class Reader:
         Raises:
             UserError: the model was not pre-trained to, a text has no gap or is too long, or `best` is below 1.
         """
-        self._require("pretrain", "fills gaps")
+        self._require_gaps()
         if not 1 <= best <= self.experiment.model.vocab_size:
             raise UserError(f"best must lie between 1 and the vocabulary, got {best}.")
         (mask,) = self.tokenizer.require_roles(("mask",), f"the tokenizer of {self.run}")
@@ -210,10 +210,10 @@ class Reader:
             raise UserError(f"{self.run} was not trained to label texts, but on {type(data).__name__}.")
         return data.encoder(self.tokenizer, f"the tokenizer of {self.run}"), data
 
-    def _require(self, task: str, does: str) -> None:
+    def _require_gaps(self) -> None:
         model = self.experiment.model
-        if not isinstance(model, BertConfig) or model.task != task:
-            raise UserError(f"{self.run} holds no BERT that {does} (model.task={task}).")
+        if not isinstance(model, BertConfig) or model.task not in ("pretrain", "mlm"):
+            raise UserError(f"{self.run} holds no BERT that fills gaps (model.task=pretrain or mlm).")
 
     def _ids(self, text: str) -> list[int]:
         return self._wrapped(self.tokenizer.encode_batch([text])[0], text)

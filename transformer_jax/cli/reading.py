@@ -113,7 +113,7 @@ def _newest_bert() -> Path:
     runs = sorted(Path("runs").glob("*/experiment.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for file in runs:
         model = read_experiment(file).model
-        if isinstance(model, BertConfig) and model.task == "pretrain":
+        if isinstance(model, BertConfig) and model.task in ("pretrain", "mlm"):
             say(f"asking {file.parent}")
             return file.parent
     raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformer_jax.config import DataConfig, Experiment, ModelConfig, ObjectiveConfig, OptimConfig, TrainConfig
 from transformer_jax.data.labelled import LabelledText
+from transformer_jax.data.masked import MaskedText
 from transformer_jax.data.packed import PackedText
 from transformer_jax.data.span import SpanQA
 from transformer_jax.models.bert import BertConfig
@@ -33,4 +34,6 @@ def _task(model: ModelConfig, labels: tuple[str, ...]) -> tuple[ObjectiveConfig,
         return Classification("number"), LabelledText(NO_DATASET, "number", max_length=length)
     if model.task == "classify":
         return Classification(), LabelledText(NO_DATASET, labels=labels, max_length=length)
-    return MaskedLM(next_sentence=model.task == "pretrain"), PackedText(NO_DATASET, context=length)
+    pairs = model.task == "pretrain"
+    data = MaskedText(NO_DATASET, length=length, max_predictions=min(20, length), next_sentence=pairs)
+    return MaskedLM(next_sentence=pairs), data

@@ -104,6 +104,8 @@ class _Reader:
         return one.peak
 
     def _products(self, operation: Operation) -> int:
+        if cost := operation.parameters.get("cost_estimate"):  # a kernel of Pallas says it itself
+            return int(cost.flops)
         if operation.name != "dot_general":
             return 0
         (summed, _), _ = operation.parameters["dimension_numbers"]

@@ -148,7 +148,7 @@ def _parts(guess: Estimate, trainer: Trainer) -> dict[str, int]:
     sizes, layers = {math.prod(shape) for shape in parameters}, {shape[1:] for shape in parameters if len(shape) > 2}
     for value, size in guess.peak:
         weights = value.saved and value.shape[1:] in layers  # rounded for the products
-        if value.backward and math.prod(value.shape) in sizes:
+        if not value.saved and math.prod(value.shape) in sizes:
             kind = "gradients"
         elif len(value.shape) > 2 and value.shape[-1] == trainer.experiment.model.vocab_size:
             kind = "logits"

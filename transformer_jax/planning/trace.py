@@ -20,7 +20,7 @@ MATERIAL = frozenset(
     (
         *("dot_general", "conv_general_dilated", "scan", "while", "cond", "gather", "scatter", "scatter-add"),
         *("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax", "argmin"),
-        *("sort", "top_k", "cumsum", "dynamic_update_slice"),
+        *("sort", "top_k", "cumsum", "dynamic_update_slice", "ragged_dot_general", "pallas_call", "ffi_call"),
     )
 )
 """Operations whose results go to memory; all others are computed inside of those that use them."""
@@ -132,12 +132,11 @@ class _Tracer:
                 operation = self._scan(equation, taken, backward=back)
                 operations.append(operation)
                 made = operation.outputs
-            elif inner := _inner(equation.params) if name not in ("while", "cond") else None:
-                part = self.run(
-                    inner[0], [_value(v.aval).in_memory() for v in inner[0].constvars], taken, backward=back
-                )
+            elif inner := _inner(equation):
+                closed_over = [_value(v.aval).in_memory() for v in inner.constvars]
+                part = self.run(inner, closed_over, taken, backward=back)
                 operations += part.operations
-                made = part.outputs
+                made = [_handed_out(v.aval, o) for v, o in zip(equation.outvars, part.outputs, strict=True)]
             else:
                 made = self._simple(equation, taken, uses, backward=back)
                 if made and made[0].roots == {made[0]}:
@@ -182,8 +181,8 @@ class _Tracer:
                     part = min(equation.params["new_dtype"].itemsize, itemsize)
                 elif equation.primitive.name in ("transpose", "reshape", "squeeze"):
                     part = self._needed(jaxpr, equation.outvars[0], itemsize)
-                elif inner := _inner(equation.params):
-                    part = self._needed(inner[0], inner[0].invars[place], itemsize)
+                elif inner := _inner(equation):
+                    part = self._needed(inner, inner.invars[place], itemsize)
                 else:
                     part = itemsize
                 needed = max(needed, part)
@@ -232,16 +231,21 @@ class _Tracer:
         return Operation("scan", taken, made, {}, body, equation.params["length"], carried)
 
 
+def _handed_out(aval: Any, value: Value) -> Value:
+    """Return what a call hands out; one for each device (shard_map) hands out an array of another shape."""
+    return value if value.shape == tuple(aval.shape) else _value(aval, value.layout).in_memory()
+
+
 def _one_hot(equation: Any) -> bool:
     """Recognise a scatter of single elements, as the gradient of picking one of many: it becomes a comparison."""
     numbers = equation.params.get("dimension_numbers")
     return equation.primitive.name.startswith("scatter") and not numbers.update_window_dims
 
 
-def _inner(parameters: dict[str, Any]) -> tuple[core.Jaxpr] | None:
-    """Return the function that a call (jit, checkpoint, custom derivative) stands for."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if name in parameters:
-            found = parameters[name]
-            return (getattr(found, "jaxpr", found),)
-    return None
+def _inner(equation: Any) -> core.Jaxpr | None:
+    """Return the function that a call (jit, checkpoint, custom derivative, shard_map) stands for; kernels are none."""
+    if equation.primitive.name in MATERIAL:
+        return None
+    found = next((equation.params[name] for name in ("jaxpr", "call_jaxpr") if name in equation.params), None)
+    inner = getattr(found, "jaxpr", found)
+    return inner if inner is not None and len(inner.invars) == len(equation.invars) else None
