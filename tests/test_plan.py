@@ -6,8 +6,11 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from tests.test_plan_hlo import B, D, F, L, T, V, bert, gpt, transformer
 from transformer_jax.cli import main
@@ -15,11 +18,14 @@ from transformer_jax.config import ComputeConfig, MeshConfig, TrainConfig
 from transformer_jax.errors import UserError
 from transformer_jax.planning.collectives import Collective
 from transformer_jax.planning.compiler import OutOfMemory, _out_of_memory
+from transformer_jax.planning.estimate import estimate
+from transformer_jax.planning.layouts import WHOLE
 from transformer_jax.planning.planner import plan as plan_any
 from transformer_jax.planning.planner import trainer_of
 from transformer_jax.planning.remedies import ENOUGH, dividing, meshes, overrides_of, remedies, smaller
 from transformer_jax.planning.roofline import as_groups, link_of, roofline
 from transformer_jax.planning.target import find_target
+from transformer_jax.planning.trace import trace
 from transformer_jax.recipes import find_recipe
 
 plan = partial(plan_any, compile=False)
@@ -79,6 +85,21 @@ def test_unrolled_layers_compute_what_scanned_ones_do():
         plan(replace(gpt(data=8), compute=ComputeConfig(layers=layers)), V5E8) for layers in ("scan", "unrolled")
     )
     assert unrolled.computed_flops == scanned.computed_flops
+
+
+def test_a_kernel_counts_what_it_says_and_is_not_looked_into():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...] * 2
+
+    def double(x):
+        cost = pl.CostEstimate(flops=12_345, transcendentals=0, bytes_accessed=0)
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(kernel, out_shape=shape, cost_estimate=cost)(x + 1.0)
+
+    closed = jax.make_jaxpr(double)(jnp.ones((8, 128)))
+    found = estimate(trace(closed, [WHOLE], {}, frozenset(), product=4), {}, frozenset())
+    assert found.flops == 12_345
+    assert found.traffic >= 2 * 8 * 128 * 4
 
 
 def test_collectives_follow_the_layout():
