@@ -121,6 +121,28 @@ def test_a_conversion_there_and_back(tmp_path, capsys):
     assert all(np.array_equal(ours[name], given[name]) for name in given)
 
 
+def test_the_two_files_of_gpt2s_tokenizer_come_along_and_weights_leave_in_bfloat16(tmp_path):
+    folder = folder_of("gpt2_untied", tmp_path / "theirs")
+    vocabulary = {token: i for i, token in enumerate(["a", "b", "c", "Ġ", "ab", "Ġab", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\na b\nĠ ab\n", encoding="utf-8")
+    run = interop.convert(str(folder), tmp_path / "run").path
+    words = Tokenizer.from_json(load_meta(run)[1], "the tokenizer")
+    assert words.encode_batch(["ab cab"]) == [[4, 3, 2, 4]]
+    exported = interop.convert(str(run), tmp_path / "back", dtype="bfloat16")
+    assert 1e-4 < exported.certificate["rounding"]["next"]["difference"] < 0.1
+    back, given = exported.path, tensors_of("gpt2_untied")
+    for name, tensor in load_file(back / "model.safetensors").items():
+        assert tensor.dtype == ml_dtypes.bfloat16
+        assert np.array_equal(tensor, given[name].astype(ml_dtypes.bfloat16))
+    assert Tokenizer.load(back).to_json() == words.to_json()
+    values = json.loads((back / "config.json").read_text(encoding="utf-8"))
+    assert (values["bos_token_id"], values["eos_token_id"], values["pad_token_id"]) == (6, 6, None)
+    described = json.loads((back / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert described["eos_token"] == "<|endoftext|>"
+    assert described["model_max_length"] == 31
+
+
 @pytest.mark.slow
 def test_a_run_starts_from_an_imported_model(tmp_path):
     from transformer_jax import verbs

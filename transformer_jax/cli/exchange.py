@@ -11,6 +11,7 @@ from transformer_jax.cli.verb import Verb
 from transformer_jax.errors import UserError
 from transformer_jax.interop import convert
 from transformer_jax.interop.certify import summary
+from transformer_jax.interop.exporting import Dtype
 from transformer_jax.logs import print_json, say
 
 
@@ -30,6 +31,8 @@ class ConvertOptions:
     """Branch, tag or commit on the hub."""
     ignore: tuple[str, ...] = ()
     """Fields of config.json that are unknown here, and do not change what the model computes."""
+    dtype: Dtype = "float32"
+    """Precision of the weights (export)."""
     shard_mb: int = 5000
     """Most megabytes of one safetensors file (export)."""
     json: bool = False
@@ -47,6 +50,7 @@ def _convert(source: str, options: ConvertOptions) -> int:
         tokenizer=options.tokenizer,
         revision=options.revision,
         ignore=options.ignore,
+        dtype=options.dtype,
         shard_bytes=options.shard_mb * 1_000_000,
     )
     if options.json:

@@ -95,5 +95,13 @@ def summary(certificate: Mapping[str, Any]) -> str:
     return (
         f"certificate: '{name}' differs by {worst['difference']:.1e} at most, of values up to {worst['value']:.3g}"
         + ("" if kl is None else f", KL at most {max(kl, 0.0):.1e} nats")
+        + _rounding(certificate)
         + f" ({' and '.join(rows).replace('_', ' ')}; against {' and '.join(certificate['measured'])})"
     )
+
+
+def _rounding(certificate: Mapping[str, Any]) -> str:
+    if "rounding" not in certificate:
+        return ""
+    moved = max(m["difference"] / m["value"] for m in certificate["rounding"].values())
+    return f"; rounding to {certificate['dtype']} has moved it by {moved:.1e} of its largest value"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformer_jax.errors import UserError
-from transformer_jax.interop.exporting import export_run
+from transformer_jax.interop.exporting import Dtype, export_run
 from transformer_jax.interop.hub import folder_of
 from transformer_jax.interop.importing import import_folder
 
@@ -32,6 +32,7 @@ def convert(
     tokenizer: str = "",
     revision: str = "",
     ignore: Sequence[str] = (),
+    dtype: Dtype = "float32",
     shard_bytes: int = 5_000_000_000,
 ) -> Conversion:
     """Turn a Hugging Face folder, or an id on the hub, into a run folder; or a run folder into a Hugging Face folder.
@@ -45,6 +46,7 @@ def convert(
         tokenizer: another tokenizer than the one in `source`: a file or a folder.
         revision: branch, tag or commit on the hub.
         ignore: fields of config.json that are not known here, and known not to matter.
+        dtype: precision of what is exported; rounding is measured in the certificate.
         shard_bytes: most bytes of a safetensors file; larger models come in several.
 
     Raises:
@@ -55,7 +57,7 @@ def convert(
         raise UserError(f"{dest} exists and is not an empty folder; name another.")
     if (Path(source) / "experiment.json").is_file():
         with _staged(dest) as staging:
-            certificate = export_run(Path(source), staging, tokenizer, shard_bytes)
+            certificate = export_run(Path(source), staging, tokenizer, dtype, shard_bytes)
     else:
         folder = folder_of(source, revision)
         with _staged(dest) as staging:

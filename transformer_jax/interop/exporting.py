@@ -6,25 +6,29 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from transformer_jax.checkpoint import load_labels, load_meta
 from transformer_jax.data.tokenizer import Tokenizer
+from transformer_jax.interop.certificate import compare
 from transformer_jax.interop.certify import attest, inputs, load, our_outputs
 from transformer_jax.interop.families import writer_of
 from transformer_jax.interop.table import Array, Family, export_row, names, shape_of, slots, used
-from transformer_jax.interop.tensors import Shards
+from transformer_jax.interop.tensors import Shards, require_space
 from transformer_jax.logs import meter
 from transformer_jax.nn.module import Params, Skeleton
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 
-def export_run(run: Path, folder: Path, tokenizer: str, shard_bytes: int) -> dict[str, Any]:
+
+def export_run(run: Path, folder: Path, tokenizer: str, dtype: Dtype, shard_bytes: int) -> dict[str, Any]:
     """Write a run as a Hugging Face folder, and return its certificate.
 
     Raises:
-        UserError: theirs has no counterpart of the model, or the certificate fails.
+        UserError: theirs has no counterpart of the model, the disk is full, or the certificate fails.
     """
     experiment, tokenizer_json = load_meta(run)
     config: Any = experiment.model
@@ -40,13 +44,17 @@ def export_run(run: Path, folder: Path, tokenizer: str, shard_bytes: int) -> dic
         _write_tokenizer(words, folder, config.context)
     if labels := load_labels(run):
         values |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    values["dtype"] = "float32"
+    values["dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     skeleton, params = load(run, config)
     given = inputs(config, words)
     ours = our_outputs(family, skeleton, params, given)
+    facts = {"direction": "export", "source": str(run), "architecture": values["architectures"][0], "dtype": dtype}
+    if dtype != "float32":  # what is written must be the rounded model; what the rounding costs is said beside it
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        exact, ours = ours, our_outputs(family, skeleton, params, given)
+        facts["rounding"] = compare(ours, exact, given.batch)
     write_tensors(family, skeleton, params, folder, shard_bytes)
-    facts = {"direction": "export", "source": str(run), "architecture": values["architectures"][0]}
     return attest(family, folder, given, ours, facts, folder)
 
 
@@ -55,7 +63,9 @@ def write_tensors(family: Family, skeleton: Skeleton, params: Params, folder: Pa
     holes = slots(skeleton)
     rows = used(family.rows(skeleton.config), holes)
     full = partial(family.full, config=skeleton.config)
-    sizes = {full(name): 4 * math.prod(shape_of(row, holes)) for row in rows for name, _ in names(row, holes)}
+    size = jax.tree.leaves(params)[0].dtype.itemsize
+    sizes = {full(name): size * math.prod(shape_of(row, holes)) for row in rows for name, _ in names(row, holes)}
+    require_space(folder, sum(sizes.values()))
     shards = Shards(folder, sizes, shard_bytes)
     with meter(0, len(rows)) as bar:
         for i, row in enumerate(rows, start=1):
@@ -71,7 +81,7 @@ def _take(params: Params, path: str) -> Array:
     node = params
     for name in parents:
         node = node[name]
-    return np.asarray(node.pop(last), np.float32)
+    return np.asarray(node.pop(last))
 
 
 def _ids(words: Tokenizer) -> dict[str, int]:

@@ -19,7 +19,7 @@ from transformer_jax.interop.experiments import experiment_of
 from transformer_jax.interop.families import reader_of
 from transformer_jax.interop.fields import Fields
 from transformer_jax.interop.table import Array, Family, Row, Slot, import_row, names, slots, tree_of, used
-from transformer_jax.interop.tensors import Tensors, some
+from transformer_jax.interop.tensors import Tensors, require_space, some
 from transformer_jax.logs import meter
 from transformer_jax.nn.module import Params, Skeleton
 
@@ -44,6 +44,7 @@ def import_folder(folder: Path, run: Path, source: str, tokenizer: str, ignore: 
             words.require(config.vocab_size, f"the tokenizer of {place}")
         name = re.sub(r"[^\w.-]+", "_", Path(source).absolute().name if Path(source).is_dir() else source)
         experiment = experiment_of(name, config, labels)
+        require_space(run, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
         write_params(run, params, experiment, words.to_json() if words else "", labels)
     architecture = family.write(config)["architectures"][0]
     facts = {"direction": "import", "source": source, "architecture": architecture, "left_out": left_out}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -101,6 +102,15 @@ class Shards:
             index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._map.items()))}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return files
+
+
+def require_space(folder: Path, need: int) -> None:
+    """Raise `UserError` if the disk of a folder has no room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(
+            f"the disk of {folder.parent} has {free / 2**20:.1f} MiB free, the result needs {need / 2**20:.1f} MiB."
+        )
 
 
 def _from1(items: list[Any]) -> range:
