@@ -114,6 +114,15 @@ def test_collectives_follow_the_layout():
     assert moved["all-reduce", "data"] == 4 * plan(gpt(data=8), V5E8).parameters
 
 
+@pytest.mark.parametrize(("width", "gathers"), [(8 * 128, "all-gather"), (8 * 64, "all-reduce")])
+def test_columns_that_fill_no_tile_are_gathered_by_all_reduce_on_v5p(width, gathers):
+    wide = gpt(data=1, fsdp=8)
+    found = plan(replace(wide, model=replace(wide.model, width=width)), find_target("v5p-16"))
+    kinds = {move.kind for move in found.moves if move.bytes > 4 * width * F}
+    assert gathers in kinds
+    assert bool(found.remarks) == (gathers == "all-reduce")
+
+
 def test_a_pod_without_a_pod_has_the_mesh_of_the_real_one():
     """Neighbours along an axis of the mesh are neighbours in the network."""
     target = find_target("v5e-256")
@@ -176,6 +185,14 @@ def test_money_and_days():
     ), "two devices a chip, and chips are paid"
 
 
+def test_small_batches_at_the_beginning_take_less_time():
+    ramp = ((4, 100), (8, 200))
+    data = replace(gpt().data, ramp=ramp, rows_multiple=4)
+    found = plan(replace(gpt(data=4), data=data, train=TrainConfig(steps=1000)), find_target("v5e-4"))
+    steps = 1000 - 100 * (1 - 4 / B) - 200 * (1 - 8 / B)
+    assert found.days == pytest.approx(steps * found.roofline.step / 86_400)
+
+
 def test_a_checkpoint_is_held_once_by_each_host():
     sixteen = find_target("v5e-16")
     copies, shares = plan(gpt(data=16), sixteen), plan(gpt(data=1, fsdp=16), sixteen)
@@ -216,9 +233,11 @@ def test_meshes_are_ranked_and_all_divide():
 
 
 def test_overrides_of_a_mesh_include_what_makes_it_divide():
-    small = replace(gpt(data=8), data=replace(gpt().data, batch_rows=32, rows_multiple=2, ramp=((2, 5), (16, 7))))
+    small = replace(gpt(data=8), data=replace(gpt().data, batch_rows=32, rows_multiple=2, ramp=((4, 5), (16, 7))))
     changed = dividing(replace(small, mesh=MeshConfig(data=1, fsdp=16)), find_target("v5e-16"))
-    assert overrides_of(small, changed) == ("--data.rows-multiple 16 --data.ramp 16 7 --mesh.data 1 --mesh.fsdp 16")
+    assert overrides_of(small, changed) == (
+        "--data.rows-multiple 16 --data.ramp 16 7 --train.steps 8 --mesh.data 1 --mesh.fsdp 16"
+    )
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,16 @@ class Plan:
         return self.flops.matmuls / self.roofline.step / (peak * self.target.devices)
 
     @property
+    def full_steps(self) -> float:
+        """Steps of the recipe, those with smaller batches at its beginning counted by their rows."""
+        data = vars(self.experiment.data)
+        early = ((1 - rows / data["batch_rows"]) * steps for rows, steps in data.get("ramp", ()))
+        return self.experiment.train.steps - sum(early)
+
+    @property
     def days(self) -> float | None:
-        """Days to the last step of the recipe, at full batch."""
-        return None if not self.roofline.step else self.experiment.train.steps * self.roofline.step / DAY
+        """Days to the last step of the recipe."""
+        return None if not self.roofline.step else self.full_steps * self.roofline.step / DAY
 
     def cost(self, price: float) -> float | None:
         """Return the price of the run, at `price` per chip and hour."""

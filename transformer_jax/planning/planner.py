@@ -192,8 +192,8 @@ def _remarks(trainer: Trainer, target: Target, total: int, found: Sequence[Colle
     if reduced > 1.5 * whole * trainer.experiment.train.accumulate:
         remarks.append(
             f"{_gib(reduced)} GiB of all-reduce along fsdp for {_gib(whole)} GiB of parameters: the compiler gathers "
-            "parameters by all-reduce, twice the traffic of all-gather. It does so where a device's share of the width "
-            "is not a multiple of 128: choose another --mesh.fsdp."
+            "parameters by all-reduce, twice the traffic of all-gather. Seen where a device's share of the width is "
+            "not a multiple of 128: choose another --mesh.fsdp."
         )
     return remarks
 

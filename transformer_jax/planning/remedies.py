@@ -184,7 +184,10 @@ def _divisors(n: int) -> list[int]:
 
 
 def dividing(experiment: Experiment, target: Target) -> Experiment:
-    """Set data.rows_multiple so that the mesh and the accumulation divide every batch, and leave out smaller ones."""
+    """Set data.rows_multiple so that the mesh and the accumulation divide every batch.
+
+    Stages of a ramp that they do not divide are left out; their rows come in full batches instead.
+    """
     mesh, data = experiment.mesh, experiment.data
     others = math.prod(size for size in vars(mesh).values() if size != -1)
     shards = math.prod(target.devices // others if n == -1 else n for n in (mesh.data, mesh.fsdp))
@@ -193,6 +196,11 @@ def dividing(experiment: Experiment, target: Target) -> Experiment:
         return experiment
     changed: dict[str, Any] = {"rows_multiple": parts}
     if any(f.name == "ramp" for f in dataclasses.fields(data)):
-        changed["ramp"] = tuple(stage for stage in vars(data)["ramp"] if stage[0] % parts == 0)
+        stages = vars(data)["ramp"]
+        changed["ramp"] = tuple(stage for stage in stages if stage[0] % parts == 0)
+        gone = [stage for stage in stages if stage[0] % parts]
+        instead = round(sum(rows * steps for rows, steps in gone) / vars(data)["batch_rows"])
+        total = experiment.train.steps - sum(steps for _, steps in gone) + instead
+        experiment = replace(experiment, train=replace(experiment.train, steps=total))
     node: Any = data
     return replace(experiment, data=replace(node, **changed))
