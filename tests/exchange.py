@@ -13,7 +13,7 @@ from tests.fixtures.random_weights import tensors
 from transformer_jax.config import ComputeConfig
 from transformer_jax.interop.families import reader_of
 from transformer_jax.interop.fields import Fields
-from transformer_jax.interop.importing import read_model
+from transformer_jax.interop.importing import plan_of, read_params
 from transformer_jax.interop.tensors import Tensors
 from transformer_jax.nn.module import Skeleton
 from transformer_jax.nn.stack import unstack_layers
@@ -67,6 +67,7 @@ def imported(case: str, folder: Path, compute: ComputeConfig):
     """The model of a case with the weights of its folder, and its configuration."""
     fields = Fields.load(folder_of(case, folder) / "config.json")
     with Tensors(folder) as opened:
-        config, params, _ = read_model(reader_of(fields), fields, opened)
-    skeleton = Skeleton.of(config, compute)
-    return skeleton.bind(unstack_layers(params, skeleton.abstract)), config
+        plan = plan_of(reader_of(fields), fields, opened)
+        params = read_params(plan, opened)
+    skeleton = Skeleton.of(plan.config, compute)
+    return skeleton.bind(unstack_layers(params, skeleton.abstract)), plan.config

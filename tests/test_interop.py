@@ -32,7 +32,7 @@ from transformer_jax.interop.certify import COMPUTE
 from transformer_jax.interop.families import FAMILIES, reader_of, writer_of
 from transformer_jax.interop.fields import Fields
 from transformer_jax.interop.hub import folder_of as folder_of_source
-from transformer_jax.interop.importing import read_model
+from transformer_jax.interop.importing import plan_of, read_params
 from transformer_jax.interop.reference import REFERENCES
 from transformer_jax.interop.table import Row, import_row, slots, used
 from transformer_jax.interop.tensors import Tensors
@@ -49,7 +49,8 @@ def read(folder: Path, *ignore: str):
     """Configuration, parameters and what was left out."""
     fields = Fields.load(folder / "config.json")
     with Tensors(folder) as opened:
-        return read_model(reader_of(fields), fields, opened, ignore)
+        plan = plan_of(reader_of(fields), fields, opened, ignore)
+        return plan.config, read_params(plan, opened), plan.left_out
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -108,6 +109,8 @@ def test_a_conversion_there_and_back(tmp_path, capsys):
     assert load_labels(tmp_path / "run") == ["a", "b", "c", "d", "e"]
     experiment, tokenizer_json = load_meta(tmp_path / "run")
     assert tokenizer_json == letters.to_json()
+    loaded, _ = load_params(tmp_path / "run", Skeleton.of(experiment.model, COMPUTE), make_mesh(MeshConfig(), None))
+    jax.tree.map(np.testing.assert_array_equal, loaded, read(theirs)[1])
     assert experiment == Experiment.from_json((tmp_path / "run" / "experiment.json").read_text(encoding="utf-8"))
     experiment.check()
 
@@ -150,7 +153,7 @@ def test_a_run_starts_from_an_imported_model(tmp_path):
     from transformer_jax.data.packed import PackedText
 
     run = interop.convert(str(folder_of("gpt2_untied", tmp_path / "theirs")), tmp_path / "run").path
-    with pytest.raises(UserError, match="none"):
+    with pytest.raises(UserError, match=r"none \(imported\)"):
         verbs.train(load_meta(run)[0], run)
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"the cat sat on mat {i}" for i in range(200)), encoding="utf-8")
@@ -417,7 +420,7 @@ def test_a_table_names_every_parameter_once(family):
             GPTConfig(norm="rmsnorm", positions="rope"),
             r"written as Llama.*model\.gated=False, model\.activation=gelu_tanh",
         ),
-        (GPTConfig(task="classify", labels=3), r"model\.task=classify: GPT-2 has no such head"),
+        (GPTConfig(task="classify", labels=3), r"model\.task=classify cannot be written as GPT-2"),
     ],
 )
 def test_what_cannot_be_exported(config, message):
@@ -541,6 +544,18 @@ def test_an_unreachable_hub_is_one_line_at_once(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no id of the hub"):
         interop.convert("./absent/folder/here", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["bert_span", "qwen3"])
+def test_transformers_is_a_second_witness(case, tmp_path):
+    pytest.importorskip("torch", reason="pip install torch transformers")
+    pytest.importorskip("transformers", reason="pip install torch transformers")
+    run = interop.convert(str(folder_of(case, tmp_path / "theirs")), tmp_path / "run")
+    back = interop.convert(str(run.path), tmp_path / "back")
+    for certificate in (run.certificate, back.certificate):
+        witnesses = [name.split()[0] for name in certificate["measured"]]
+        assert witnesses == ["NumPy", "transformers"]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Run both sides of a conversion, as they lie on disk, and write down how far they lie apart."""
+"""Run both sides of a conversion, and write down how far they lie apart."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from transformer_jax.models.bert import BertConfig
 from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.objectives import CausalLM, Classification, MaskedLM, SpanExtraction
 
-NO_DATASET = "none"
+NO_DATASET = "none (imported)"
 """What data.dataset says of an imported model."""
 
 

@@ -11,18 +11,29 @@ from transformer_jax.errors import UserError
 
 T = TypeVar("T")
 
-HARMLESS = frozenset(
-    """
-    _name_or_path architectures attention_dropout attention_probs_dropout_prob attn_pdrop bos_token_id
-    chunk_size_feed_forward classifier_dropout cls_token_id directionality dtype embd_pdrop eos_token_id
-    finetuning_task gradient_checkpointing hidden_dropout_prob id2label initializer_range keys_to_ignore_at_inference
-    label2id max_length mask_token_id model_type n_ctx name_or_path num_labels output_attentions output_hidden_states
-    output_past pad_token_id pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
-    pooler_type pretraining_tp problem_type resid_pdrop return_dict rms_norm_eps_dtype sep_token_id
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    task_specific_params tokenizer_class torch_dtype torchscript transformers_version unk_token_id use_cache
-    """.split()  # noqa: SIM905 - a list of words is easier to read
-)
+_WORDS = """
+attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout embd_pdrop finetuning_task
+gradient_checkpointing hidden_dropout_prob initializer_range problem_type resid_pdrop summary_first_dropout
+
+_attn_implementation_autoset _name_or_path architectures bos_token_id cls_token_id dtype eos_token_id id2label
+label2id mask_token_id model_type name_or_path num_labels pad_token_id sep_token_id tokenizer_class torch_dtype
+transformers_version unk_token_id use_bfloat16
+
+chunk_size_feed_forward keys_to_ignore_at_inference output_attentions output_hidden_states output_past
+pretraining_tp return_dict torchscript use_cache
+
+bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix remove_invalid_values
+repetition_penalty return_dict_in_generate suppress_tokens task_specific_params temperature top_k top_p typical_p
+
+directionality n_ctx pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
+summary_activation summary_proj_to_labels summary_type summary_use_proj
+"""
+"""Training and initialisation; names, tokens and storage; how outputs are handed over, and how the same numbers are
+computed; generation; heads that are not exchanged, and what no version reads."""
+
+HARMLESS = frozenset(_WORDS.split())
 """Fields that do not change what the model computes: training, generation, storage, and names."""
 
 

@@ -117,7 +117,7 @@ def _write(config: GPTConfig) -> dict[str, Any]:
 def refuse(name: str, config: GPTConfig, differs: Mapping[str, bool]) -> None:
     """Raise `UserError` for the settings of a decoder that a family of Hugging Face's cannot express."""
     if config.task != "lm":
-        raise UserError(f"model.task={config.task}: {name} has no such head in transformers; export the decoder alone.")
+        raise UserError(f"model.task={config.task} cannot be written as {name}: transformers' head has no bias.")
     if found := [f"model.{field}={getattr(config, field)}" for field, is_so in differs.items() if is_so]:
         raise UserError(f"this decoder cannot be written as {name}: {', '.join(found)}.")
 

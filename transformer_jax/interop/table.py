@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transformer_jax.config import ModelConfig
-from transformer_jax.errors import UserError
 from transformer_jax.interop.fields import Fields
 from transformer_jax.nn.module import Params, Skeleton
 
@@ -54,6 +53,9 @@ class Family:
     write: Callable[[Any], dict[str, Any]]
     """The config.json of a configuration; raises `UserError` for what it cannot say."""
     rows: Callable[[Any], tuple[Row, ...]]
+    """The table; rows of parameters that a model does not have are passed over."""
+    outputs: Callable[[Any, Any], dict[str, Any]]
+    """(model, batch) -> what the certificate compares, by the names of `reference.py`."""
     prefix: str
     """What their names begin with; a body saved without its head lacks it."""
     unprefixed: tuple[str, ...]
@@ -66,8 +68,6 @@ class Family:
     """Patterns of tensors that are left out where no row names them."""
     tied: tuple[tuple[str, str], ...] = ()
     """Tensors that may appear a second time under another name: (other name, name)."""
-    outputs: Callable[..., dict[str, Any]] = dict
-    """(model, batch) -> what the certificate compares, as in `reference.py`."""
 
     def canonical(self, name: str) -> str:
         """Return the name without prefix, as today's checkpoints have it."""
@@ -167,19 +167,12 @@ def shape_of(row: Row, slots: Mapping[str, Slot]) -> tuple[int, ...]:
 
 
 def import_row(row: Row, slots: Mapping[str, Slot], read: Callable[[str], Array]) -> dict[str, Array]:
-    """Read a row's tensors, all layers of them, one at a time: our parameters by path, float32.
-
-    Raises:
-        UserError: a tensor has another shape than the configuration says.
-    """
+    """Read a row's tensors, all layers of them, one at a time: our parameters by path, float32."""
     arrays = {part.ours: np.empty(slots[part.ours].shape, np.float32) for part in row.parts}
-    expected = shape_of(row, slots)
     widths = [slots[part.ours].their_shape(part.layout)[-1] for part in row.parts]
     for name, layer in names(row, slots):
-        tensor = read(name)
-        if tensor.shape != expected:
-            raise UserError(f"tensor {name} has the shape {tensor.shape}, config.json says {expected}.")
-        for part, piece in zip(row.parts, np.split(tensor, np.cumsum(widths)[:-1], axis=-1), strict=True):
+        pieces = np.split(read(name), np.cumsum(widths)[:-1], axis=-1)
+        for part, piece in zip(row.parts, pieces, strict=True):
             target = arrays[part.ours]
             place = target if layer is None else target[layer]
             place[...] = slots[part.ours].from_theirs(piece, part.layout)

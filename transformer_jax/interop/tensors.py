@@ -56,6 +56,10 @@ class Tensors:
     def __len__(self) -> int:
         return len(self._file_of)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        return tuple(self._files[self._file_of[name]].get_slice(name).get_shape())
+
     def read(self, name: str) -> NDArray[Any]:
         """Read one tensor, as it is stored. Raises `UserError` if its numbers are none that we compute with."""
         file = self._files[self._file_of[name]]
