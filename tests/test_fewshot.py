@@ -201,7 +201,7 @@ def test_a_task_is_a_json_object_or_json_lines(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "a.json: not JSON"),
-        ("[1]", "a.json: not a JSON object"),
+        ("[1]", "a.json: expected an object"),
         ('{"name": "x", "kind": "choise"}', "a.json: .*kind"),
         ('{"name": "x", "kind": "choice", "tests": []}', "a.json: .*tests"),
         ('{"name": "x", "kind": "choice"}', "there is no test item"),

@@ -19,7 +19,7 @@ from transformer_jax.recipes import find_recipe
 
 SOURCE = Source(".", "0123456789abcdef0123456789abcdef01234567")
 TPU = TpuVm(find_slice("v5e-16"), "my-project", "us-west4-a", "gs://my-bucket")
-GKE = Gke(find_slice("v5e-16"), "my-project", "us-west4-a", "gs://my-bucket", "my-cluster")
+GKE = Gke(find_slice("v5e-16"), "my-project", "us-west4-a", "gs://my-bucket", cluster="my-cluster")
 SLURM = Slurm(nodes=3, gpus_per_node=4, partition="gpu", time="24:00:00")
 
 

@@ -64,7 +64,7 @@ def test_gcloud_reads_every_command(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
 def test_kubectl_reads_every_command(tmp_path):
-    backend = Gke(find_slice("v5e-16"), "p", "us-west4-a", "gs://b-demo", "c")
+    backend = Gke(find_slice("v5e-16"), "p", "us-west4-a", "gs://b-demo", cluster="c")
     config = tmp_path / "config"
     cluster = "{name: c, cluster: {server: 'http://127.0.0.1:9'}}"
     context = "{name: gke_p_us-west4-a_c, context: {cluster: c, user: ''}}"

@@ -21,12 +21,12 @@ from transformer_jax.planning.compiler import OutOfMemory, _out_of_memory
 from transformer_jax.planning.estimate import estimate
 from transformer_jax.planning.layouts import WHOLE
 from transformer_jax.planning.planner import plan as plan_any
-from transformer_jax.planning.planner import trainer_of
 from transformer_jax.planning.remedies import ENOUGH, dividing, meshes, overrides_of, remedies, smaller
 from transformer_jax.planning.roofline import as_groups, link_of, roofline
 from transformer_jax.planning.target import find_target
 from transformer_jax.planning.trace import trace
 from transformer_jax.recipes import find_recipe
+from transformer_jax.train import Trainer
 
 plan = partial(plan_any, compile=False)
 V5E8 = find_target("v5e-8")
@@ -128,7 +128,7 @@ def test_a_pod_without_a_pod_has_the_mesh_of_the_real_one():
     target = find_target("v5e-256")
     experiment = dividing(gpt(data=16, fsdp=16), target)
     experiment = replace(experiment, data=replace(experiment.data, batch_rows=256))
-    mesh = trainer_of(experiment, target.stand_ins()).mesh
+    mesh = Trainer.of(experiment, target.stand_ins()).mesh
     for axis in ("data", "fsdp"):
         link = link_of(target, mesh, as_groups(mesh, axis))
         assert link.network == "ICI"
@@ -144,21 +144,21 @@ def test_links_of_a_group(name, axis, network, links):
     target = find_target(name)
     data, model = replace(gpt().data, batch_rows=64, rows_multiple=64), replace(gpt().model, width=64)
     experiment = replace(gpt(data=1, fsdp=-1), data=data, model=model)
-    mesh = trainer_of(experiment, target.stand_ins()).mesh
+    mesh = Trainer.of(experiment, target.stand_ins()).mesh
     link = link_of(target, mesh, as_groups(mesh, axis))
     assert (link.network, link.bandwidth) == (network, links * target.chip.link)
 
 
 def test_gpus_of_two_hosts_share_the_network_cards():
     target = find_target("h100-16")
-    mesh = trainer_of(gpt(data=16), target.stand_ins()).mesh
+    mesh = Trainer.of(gpt(data=16), target.stand_ins()).mesh
     link = link_of(target, mesh, as_groups(mesh, "data"))
     assert (link.network, link.bandwidth) == ("network", 8 * target.chip.network)
 
 
 def test_what_waits_adds_up_and_what_runs_beside_does_not():
     target = V5E8
-    mesh = trainer_of(gpt(data=8), target.stand_ins()).mesh
+    mesh = Trainer.of(gpt(data=8), target.stand_ins()).mesh
     second = target.chip.peak["bfloat16"]
 
     def step(overlapped: bool) -> float:

@@ -16,7 +16,7 @@ from matplotlib.font_manager import FontProperties
 
 from transformer_jax import plots
 from transformer_jax.errors import UserError
-from transformer_jax.plots import attention_grid, attention_map, loss_curve
+from transformer_jax.plots import attention_grid, loss_curve
 
 KOREAN = ["▁나는", "▁어제", "▁학교에서", "뷁", "</s>"]
 ENGLISH = ["I", "was", "at", "Ġschool", "$x$", "\n", " "]
@@ -76,16 +76,16 @@ def test_nothing_to_draw(records: list[dict[str, Any]], tmp_path: Path) -> None:
 
 def test_attention_map_in_both_directions(tmp_path: Path) -> None:
     T, S = len(KOREAN), len(ENGLISH)
-    attention_map(weights(T, S), KOREAN, ENGLISH, tmp_path / "a.png", "영어 → 한국어")
-    attention_map(weights(S, T), ENGLISH, KOREAN, tmp_path / "b.png")
+    attention_grid({"": weights(T, S)}, KOREAN, ENGLISH, tmp_path / "a.png", "영어 → 한국어")
+    attention_grid({"": weights(S, T)}, ENGLISH, KOREAN, tmp_path / "b.png")
     (a_width, _), (_, b_height) = size(tmp_path / "a.png"), size(tmp_path / "b.png")
     assert a_width > S * 0.26 * plots.DPI
     assert b_height > S * 0.26 * plots.DPI
 
 
 def test_attention_map_grows_with_the_sentence(tmp_path: Path) -> None:
-    attention_map(weights(2, 1), KOREAN[:2], ENGLISH[:1], tmp_path / "short.png")
-    attention_map(weights(60, 50), KOREAN * 12, ENGLISH[:5] * 10, tmp_path / "long.png")
+    attention_grid({"": weights(2, 1)}, KOREAN[:2], ENGLISH[:1], tmp_path / "short.png")
+    attention_grid({"": weights(60, 50)}, KOREAN * 12, ENGLISH[:5] * 10, tmp_path / "long.png")
     short, long = size(tmp_path / "short.png"), size(tmp_path / "long.png")
     assert long[0] > 50 * 0.25 * plots.DPI > short[0]
     assert long[1] > 60 * 0.25 * plots.DPI > short[1]
@@ -126,7 +126,7 @@ def test_font_covers_every_hangul_syllable_beside_latin() -> None:
 def test_missing_font_is_named(others: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(plots, "_other_families", lambda: others)
     with pytest.raises(UserError, match=r"glyphs for 나 는: .* pip install koreanize-matplotlib"):
-        attention_map(weights(1, 1), ["나는"], ["I"], tmp_path / "a.png")
+        attention_grid({"": weights(1, 1)}, ["나는"], ["I"], tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
 
 
@@ -138,11 +138,11 @@ def test_last_resort_boxes_are_no_font() -> None:
 def test_session_is_left_alone(tmp_path: Path) -> None:
     # Reading "backend" would choose one.
     before = {key: mpl.rcParams[key] for key in mpl.rcParams if key != "backend"}
-    attention_map(weights(1, 1), ["나는"], ["I"], tmp_path / "a.png")
+    attention_grid({"": weights(1, 1)}, ["나는"], ["I"], tmp_path / "a.png")
     assert {key: mpl.rcParams[key] for key in before} == before
     code = (
-        "import sys, pathlib; from transformer_jax.plots import attention_map;"
-        f"attention_map([[1.0]], ['나는'], ['I'], pathlib.Path({str(tmp_path / 'b.png')!r}));"
+        "import sys, pathlib; from transformer_jax.plots import attention_grid;"
+        f"attention_grid({{'': [[1.0]]}}, ['나는'], ['I'], pathlib.Path({str(tmp_path / 'b.png')!r}));"
         "assert not {'matplotlib.pyplot', 'koreanize_matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=Path(__file__).parents[1])

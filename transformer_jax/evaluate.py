@@ -17,6 +17,7 @@ from transformer_jax.data.translation import ParallelText
 from transformer_jax.errors import UserError
 from transformer_jax.logs import console
 from transformer_jax.metrics import bleu, copy_source, nearest_neighbour
+from transformer_jax.task_metrics import rouge
 from transformer_jax.translate import Translation, Translator
 
 Pair = tuple[str, str]
@@ -29,7 +30,7 @@ class Scored:
     translations: list[Translation]
     references: list[str]
     scores: dict[str, Any]
-    """"model" and the floors "copy_source" and "nearest_neighbour", each as `metrics.bleu` returns it."""
+    """"model" and the floors "copy_source" and "nearest_neighbour": BLEU and chrF, and ROUGE for summaries."""
 
 
 def score(translator: Translator, train: Sequence[Pair], test: Sequence[Pair], decode: DecodeConfig) -> Scored:
@@ -51,7 +52,8 @@ def score(translator: Translator, train: Sequence[Pair], test: Sequence[Pair], d
     translations = [output for _, output in sorted(zip(order, done, strict=True), key=lambda pair: pair[0])]
 
     def scored(hypotheses: Sequence[str]) -> dict[str, Any]:
-        return bleu(hypotheses, references, target_language, resamples=300)
+        scores = bleu(hypotheses, references, target_language, resamples=300)
+        return scores | rouge(hypotheses, references, target_language)
 
     scores = {
         "model": scored([t.text for t in translations]) | {"sentences_per_second": len(test) / seconds},

@@ -54,8 +54,7 @@ def held_out(run: Path, test: str = "") -> dict[str, Any]:
     floors: dict[str, dict[str, Any]] = {}
     if isinstance(config, LabelledText) and isinstance(data, LabelledData):
         metrics = _label_metrics(config, data)
-        predicted = Reader.open(run).predictions(data.test_batches(), config.kind)
-        scores |= _named(metrics([predicted[i] for i in range(len(predicted))]))
+        scores |= _named(metrics(Reader.open(run).predictions(data.test_batches())))
         floors = _label_floors(config, data, metrics)
     elif isinstance(data, SpanData):
         scores |= _named(_span_scores(run, data))

@@ -112,13 +112,6 @@ def curves(lines: Sequence[Curve], path: Path, x_label: str, y_label: str, *, lo
     figure.savefig(path)
 
 
-def attention_map(
-    weights_TS: np.ndarray, row_labels: Sequence[str], column_labels: Sequence[str], path: Path, title: str = ""
-) -> None:
-    """Draw one head: rows are the tokens that attend, columns those attended to. See `attention_grid`."""
-    attention_grid({"": weights_TS}, row_labels, column_labels, path, title)
-
-
 def attention_grid(
     panels: Mapping[str, np.ndarray],
     row_labels: Sequence[str],

@@ -109,29 +109,18 @@ class Reader:
             UserError: the model was not trained to, or a text is empty.
         """
         encoder, data = self._encoder()
-        outputs: dict[int, Labelled] = {}
-        for batch in encoder.batches(texts, pairs):
-            logits = np.asarray(self._label(self.params, self._put(batch)))
-            for row, example in enumerate(batch["example"]):
-                if example >= 0:
-                    outputs[int(example)] = self._said(data.kind, logits[row], batch["label"][row])
+        scored = self._scored(encoder.batches(texts, pairs))
+        outputs = {i: self._said(data.kind, logits, label) for i, logits, label in scored}
         yield from (outputs[i] for i in range(len(texts)))
 
-    def predictions(self, batches: Any, kind: str) -> dict[int, Any]:
-        """Predict the examples of batches of the data itself: class numbers, numbers, or lists of tags, by example."""
-        outputs: dict[int, Any] = {}
-        for batch in batches:
-            logits = np.asarray(self._label(self.params, self._put(batch)))
-            for row, example in enumerate(batch["example"]):
-                if example < 0:
-                    continue
-                if kind == "classes":
-                    outputs[int(example)] = int(logits[row].argmax())
-                elif kind == "number":
-                    outputs[int(example)] = float(logits[row, 0])
-                else:
-                    outputs[int(example)] = self._said(kind, logits[row], batch["label"][row]).label
-        return outputs
+    def predictions(self, batches: Iterable[Batch]) -> list[Any]:
+        """Predict the examples of batches of the data itself, in order: class numbers, numbers, or lists of tags."""
+        _, data = self._encoder()
+        outputs = {
+            i: int(logits.argmax()) if data.kind == "classes" else self._said(data.kind, logits, label).label
+            for i, logits, label in self._scored(batches)
+        }
+        return [outputs[i] for i in range(len(outputs))]
 
     def answer(
         self,
@@ -168,14 +157,8 @@ class Reader:
         null_threshold: float | None = None,
     ) -> list[SpanAnswer]:
         """Answer the questions of windows, given their batches."""
-        sides: list[dict[int, np.ndarray]] = [{}, {}]
-        for batch in batches:
-            logits_BT2 = np.asarray(self._label(self.params, self._put(batch)))
-            for row, example in enumerate(batch["example"]):
-                if example >= 0:
-                    for side, found in enumerate(sides):
-                        found[int(example)] = logits_BT2[row, :, side]
-        starts, ends = ([found[i] for i in range(len(windows))] for found in sides)
+        found = {i: logits_T2 for i, logits_T2, _ in self._scored(batches)}
+        starts, ends = ([found[i][:, side] for i in range(len(windows))] for side in (0, 1))
         return decode_spans(starts, ends, windows, max_answer_length=max_answer_length, null_threshold=null_threshold)
 
     def embed(self, texts: Sequence[str], pooling: Pooling = "mean", rows: int = 32) -> np.ndarray:
@@ -193,6 +176,14 @@ class Reader:
             pooled = self._pooled(self.params, self._put(batch), pooling)
             vectors[chosen] = np.asarray(pooled)[: len(chosen)]
         return vectors
+
+    def _scored(self, batches: Iterable[Batch]) -> Iterator[tuple[int, np.ndarray, Any]]:
+        """Yield number, logits and label (of a window: None) of every example of the batches."""
+        for batch in batches:
+            logits = np.asarray(self._label(self.params, self._put(batch)))
+            for row, example in enumerate(batch["example"].tolist()):
+                if example >= 0:
+                    yield example, logits[row], batch["label"][row] if "label" in batch else None
 
     def _said(self, kind: str, logits: np.ndarray, label: np.ndarray) -> Labelled:
         if kind == "number":

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer_jax.config import MeshConfig
@@ -64,9 +65,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes) != len(devices):
         shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(f"mesh {shape} does not match {len(devices)} device(s); --mesh.data -1 takes what is left.")
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=np.asarray(devices).flatten().tolist()
+    # A TPU's network has dimensions of its own; an axis may take a part of one.
+    arranged = mesh_utils.create_device_mesh(
+        sizes, np.asarray(devices).flatten().tolist(), allow_split_physical_axes=True
     )
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Final, Literal
 import cattrs
 from cattrs.v import format_exception
 
+from transformer_jax.data.files import json_object
 from transformer_jax.errors import UserError, closest
 
 Kind = Literal["choice", "completion", "last_word"]
@@ -124,7 +124,7 @@ def read_task(name: str | Path) -> Task:
             raise UserError(f"{name}: there is no such task file.{hint}")
         path = known[str(name)]
     text = path.read_text(encoding="utf-8")
-    value = _lines(text, path) if path.suffix == ".jsonl" else _object(text, str(path))
+    value = _lines(text, path) if path.suffix == ".jsonl" else json_object(text, str(path))
     try:
         task = cattrs.Converter(forbid_extra_keys=True).structure(value, Task)
     except cattrs.BaseValidationError as error:
@@ -135,20 +135,12 @@ def read_task(name: str | Path) -> Task:
 
 
 def _lines(text: str, path: Path) -> dict[str, Any]:
-    head, *items = [_object(line, f"{path}:{n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()] or [{}]
+    head, *items = [
+        json_object(line, f"{path}:{n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()
+    ] or [{}]
     for number, item in enumerate(items, 2):
         split = item.pop("split", "test")
         if split not in ("train", "test"):
             raise UserError(f"{path}:{number}: split must be train or test, got '{split}'.")
         head.setdefault(split, []).append(item)
     return head
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: not a JSON object.")
-    return value

@@ -268,8 +268,9 @@ def rouge(
     """Score summaries: F-measures of ROUGE-1, 2, L and Lsum (Lin 2004), of 100, by Google's rouge-score.
 
     English is cut into words and stemmed as in the papers on CNN/DailyMail; rouge-score knows no letters beyond a-z,
-    so that Korean, Japanese and Chinese are scored by character and other languages by word, without stemming. For
-    Lsum every line is a sentence. "rouge_signature" says which it was.
+    so that Korean, Japanese and Chinese are scored by character and other languages by word, without stemming. What is
+    no language code (the field "highlights") is taken for English. For Lsum every line is a sentence.
+    "rouge_signature" says which it was.
 
     Raises:
         UserError: no summaries, or unequal numbers of them.
@@ -278,6 +279,8 @@ def rouge(
 
     _check_sizes(len(predictions), len(references), resamples)
     code = re.split("[-_]", language.lower())[0]
+    if len(code) > 3:
+        code = "en"
     units = {"en": "stem", "ko": "char", "ja": "char", "zh": "char"}.get(code, "word")
     names = ("rouge1", "rouge2", "rougeL", "rougeLsum")
     scorer = RougeScorer(names, use_stemmer=True, tokenizer=None if units == "stem" else _Units(units))

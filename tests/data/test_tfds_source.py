@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tensorflow_datasets as tfds
 
-from transformer_jax.data import ParallelText, bundled_builder
+from transformer_jax.data import ParallelText, bundled_dataset, bundled_parallel
 from transformer_jax.data.holdout import Split
 from transformer_jax.data.sources import open_splits
 from transformer_jax.errors import UserError
@@ -44,7 +44,7 @@ def test_bundled_chapters_do_not_cross_splits(tfds_dir: str) -> None:
 
 
 def _prepare(data_dir: str) -> None:
-    bundled_builder.prepare(tfds.builder("tjax_parallel/emoji_en_ko", data_dir=data_dir))
+    bundled_dataset.prepare(bundled_parallel.TjaxParallel(config="emoji_en_ko", data_dir=data_dir))
 
 
 def test_two_processes_may_prepare_at_once(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_the_loser_of_a_race_leaves_the_winner_alone(tmp_path: Path) -> None:
     for folder, content in ((final, "winner"), (mine, "loser")):
         folder.mkdir()
         (folder / "dataset_info.json").write_text(content)
-    bundled_builder._publish(mine, final)
+    bundled_dataset._publish(mine, final)
     assert (final / "dataset_info.json").read_text() == "winner"
     assert not mine.exists()
 

@@ -142,6 +142,8 @@ def _print_translations(scored: Scored, samples: Sequence[int], title: str) -> N
     console.print(table)
     for metric in ("bleu", "chrf"):
         console.print(f"{metric}: {scores['model'][f'{metric}_signature']}", markup=False)
+    measured = ", ".join(f"{name} {scores['model'][name]:.1f}" for name in ("rouge1", "rouge2", "rougeL"))
+    console.print(f"rouge: {measured} ({scores['model']['rouge_signature']})", markup=False)
     for i in samples:
         output = scored.translations[i]
         console.print(f"\n  source     {output.source}", markup=False)

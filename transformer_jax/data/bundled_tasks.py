@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import lzma
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, ClassVar, Final
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from transformer_jax.data.holdout import SPLITS, Split, hold_out
+from transformer_jax.data.bundled_dataset import Bundled, read_bundled
+from transformer_jax.data.holdout import Split, hold_out
 
 
 @dataclass
@@ -45,10 +44,9 @@ def _spans() -> dict[str, Any]:
     return {"id": text, "title": text, "context": text, "question": text, "answers": answers}
 
 
-class TjaxTasks(tfds.core.GeneratorBasedBuilder):
+class TjaxTasks(Bundled):
     """Film-review sentiment, questions on word senses, titles of help pages; see `bundled/ATTRIBUTION.md`."""
 
-    VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar = [
         TaskConfig(
             name="sentiment",
@@ -78,23 +76,13 @@ class TjaxTasks(tfds.core.GeneratorBasedBuilder):
         ),
     ]
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Small real labelled texts bundled with transformer_jax.",
-            features=tfds.features.FeaturesDict(self.builder_config.features()),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        del dl_manager  # nothing is downloaded
-        return {split: self._generate_examples(split) for split in SPLITS}
+    def features(self) -> dict[str, Any]:
+        """Return those of the file."""
+        return self.builder_config.features()
 
     def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
         config = self.builder_config
-        resource = resources.files("transformer_jax.data") / "bundled" / config.file
-        lines = lzma.decompress(resource.read_bytes()).decode("utf-8").split("\n")[:-1]
-        rows = [config.example(line) for line in lines]
+        rows = [config.example(line) for line in read_bundled(config.file).split("\n")[:-1]]
         groups = [" ".join(row[config.group].casefold().split()) for row in rows]
         for number, held in enumerate(hold_out(groups, where=config.file)):
             if held == split:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import lzma
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, ClassVar, Final
 
 import tensorflow_datasets as tfds
 
-from transformer_jax.data.holdout import SPLITS, Split, hold_out
+from transformer_jax.data.bundled_dataset import Bundled, read_bundled
+from transformer_jax.data.holdout import Split, hold_out
 
 _SCENE: Final = re.compile(r"(?:^ACT [IV]+\.?\n+)?^SCENE [IVX]+\b", re.MULTILINE | re.IGNORECASE)
 
@@ -50,10 +49,9 @@ def _chapters(rows: str) -> Iterator[tuple[str, str]]:
     return _pages(rows, lambda verse: verse.partition(":")[0])
 
 
-class TjaxText(tfds.core.GeneratorBasedBuilder):
+class TjaxText(Bundled):
     """Documents with the features `text` and `title`; see `bundled/ATTRIBUTION.md`."""
 
-    VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar = [
         TextConfig(
             name="shakespeare",
@@ -75,22 +73,13 @@ class TjaxText(tfds.core.GeneratorBasedBuilder):
         ),
     ]
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Small real documents bundled with transformer_jax.",
-            features=tfds.features.FeaturesDict({"text": tfds.features.Text(), "title": tfds.features.Text()}),
-            disable_shuffling=True,
-        )
-
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        del dl_manager  # nothing is downloaded
-        return {split: self._generate_examples(split) for split in SPLITS}
+    def features(self) -> dict[str, Any]:
+        """Return text and title."""
+        return {"text": tfds.features.Text(), "title": tfds.features.Text()}
 
     def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, str]]]:
         config = self.builder_config
-        resource = resources.files("transformer_jax.data") / "bundled" / config.file
-        documents = list(config.documents(lzma.decompress(resource.read_bytes()).decode("utf-8")))
+        documents = list(config.documents(read_bundled(config.file)))
         # By lines, as the aligned texts are held out by rows: the same pages and chapters are in the same split.
         titles = [title for title, text in documents for _ in text.splitlines()]
         held = dict(zip(titles, hold_out(titles, where=config.file), strict=True))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
 
 from transformer_jax.data.cache import cached, fingerprint
@@ -20,6 +19,7 @@ from transformer_jax.data.documents import Documents, Part
 from transformer_jax.data.progress import shown
 from transformer_jax.data.ragged import Ragged, RaggedWriter, load_ragged
 from transformer_jax.data.tokenizer import Tokenizer
+from transformer_jax.data.tokenizer_choice import kept
 
 _FORMAT: Final = 1  # of the cached arrays; a change makes old caches unused
 _CHUNK: Final = 4_000_000  # characters that are tokenized at once
@@ -48,16 +48,9 @@ def pieces(text: str) -> list[str]:
 def trained(parts: Sequence[Part], kind: str, train: Callable[[Iterator[str]], Tokenizer]) -> Tokenizer:
     """Train a tokenizer on documents (evenly spaced ones of very many), or read it from the cache.
 
-    `kind` says what is trained, for the key of the cache. WordPiece differs from one training to the next: the first
-    stays.
+    `kind` says what is trained, for the key of the cache.
     """
-
-    def write(folder: Path) -> None:
-        tokenizer = train(_bounded(_texts(parts)))
-        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-
-    key = fingerprint([part.digest for part in parts], kind, tokenizers.__version__)
-    return Tokenizer.load(cached(f"tokenizer-{key}", write) / "tokenizer.json")
+    return kept(lambda: train(_bounded(_texts(parts))), [part.digest for part in parts], kind)
 
 
 def _texts(parts: Sequence[Part]) -> Iterator[str]:

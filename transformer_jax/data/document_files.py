@@ -5,10 +5,9 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
-import json
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Final, Literal, cast
 
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transformer_jax.data.cache import cached, fingerprint
-from transformer_jax.data.files import plain_suffix
+from transformer_jax.data.files import json_object, plain_suffix
 from transformer_jax.data.holdout import blocks
 from transformer_jax.data.progress import shown
 from transformer_jax.errors import UserError
@@ -122,13 +121,9 @@ def _json_texts(path: Path, lines: Iterator[tuple[int, str]], field: str) -> Ite
     for number, line in lines:
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}).") from error
-        keys: Sequence[str] = list(row) if isinstance(row, dict) else ()
-        if field not in keys:
-            has = f"the keys are {', '.join(sorted(keys))}; set data.field to one of them" if keys else "no keys at all"
+        row = json_object(line, f"{path}:{number}", f"an object with the key '{field}'")
+        if field not in row:
+            has = f"the keys are {', '.join(sorted(row))}; set data.field to one of them" if row else "no keys at all"
             raise UserError(f"{path}:{number}: no key '{field}': {has}.")
         if not isinstance(row[field], str):
             raise UserError(f"{path}:{number}: '{field}' is {type(row[field]).__name__}, not text.")

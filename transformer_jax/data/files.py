@@ -126,14 +126,20 @@ def _tsv(lines: Lines) -> Iterator[tuple[str, str, str | None]]:
 def _jsonl(lines: Lines, source: str, target: str) -> Iterator[tuple[str, str, str | None]]:
     for number, line in lines:
         where = f"{lines.path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object with the keys '{source}' and '{target}'.")
+        row = json_object(line, where, f"an object with the keys '{source}' and '{target}'")
         group = row.get("group")
         yield *pick(row, source, target, where), None if group is None else str(group)
+
+
+def json_object(text: str, where: str, wanted: str = "an object") -> dict[str, Any]:
+    """Parse one JSON object. Raises `UserError` that begins with `where` and says what was `wanted`."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected {wanted}.")
+    return value
 
 
 def pick(row: dict[str, Any], source: str, target: str, where: str) -> tuple[str, str]:

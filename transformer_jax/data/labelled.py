@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from transformer_jax.config import DataConfig
-from transformer_jax.data.holdout import Split
-from transformer_jax.data.labelled_batches import buckets_of, check_batches, choose_tokenizer, trained_tokenizer
 from transformer_jax.data.labelled_data import LabelledData, learnt_labels
 from transformer_jax.data.labelled_encoded import TextEncoder
 from transformer_jax.data.labelled_layout import Layout, LayoutName
 from transformer_jax.data.labelled_rows import Columns, Kind
 from transformer_jax.data.labelled_tables import Table, examples_of, known, open_tables
+from transformer_jax.data.task_config import TaskConfig
 from transformer_jax.data.tokenizer import Tokenizer
+from transformer_jax.data.tokenizer_choice import choose_tokenizer, kept
 from transformer_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class LabelledText(DataConfig):
+class LabelledText(TaskConfig):
     """Texts, or pairs of texts, each with a class or a number, or with a tag for every word.
+
+    From TFDS (glue/sst2, tjax_tasks/sentiment) or your file: rows.tsv, .csv, .jsonl, .conll, also .gz or .xz.
 
     A batch is {"tokens", "types" (1 in the second text), "segments" (1 real, 0 padding): int32 [B, T]; "label": int32
     [B] (-1: none), float32 [B], or for tags int32 [B, T] (-1 but at the first token of each word); "example": int64
@@ -27,8 +28,6 @@ class LabelledText(DataConfig):
     Radford 2018, section 3.2.
     """
 
-    dataset: str
-    """TFDS name (glue/sst2, tjax_tasks/sentiment) or your file: rows.tsv, .csv, .jsonl, .conll, also .gz or .xz."""
     kind: Kind = "classes"
     """What a label is: a class, a number, or a tag for each word."""
     text: str = ""
@@ -43,32 +42,10 @@ class LabelledText(DataConfig):
     """Names of the classes or tags in the order of their numbers; empty is those of TFDS, or of training, sorted."""
     layout: LayoutName = "bert"
     """[CLS] a [SEP] b [SEP] for an encoder, or start a delimiter b extract for a decoder (Radford 2018)."""
-    train: str = ""
-    """TFDS split expression, by default "train"; with your own file a file, by default what is not held out."""
-    validation: str = ""
-    """TFDS split expression, by default "validation" (glue/mnli: matched); or a file, by default 5 % held out."""
-    test: str = ""
-    """TFDS split expression, by default "test" (glue/*: "validation", mismatched for mnli); or a file, or 5 %."""
-    tokenizer: str = ""
-    """Tokenizer to use (a file, a Hugging Face folder, a run); empty trains one on the training texts."""
-    lowercase: bool = True
-    """Whether WordPiece trained here (for the layout "bert") lower-cases."""
-    max_length: int = 128
-    """Most tokens, special ones included; longer texts are cut, of two the longer first."""
-    batch_rows: int = 32
-    """Examples in a batch."""
-    rows_multiple: int = 8
-    """Every batch has a multiple of this many rows, so that a mesh can divide it."""
-    bucket_lengths: tuple[int, ...] = ()
-    """Lengths to which batches are padded, each a shape to compile; empty doubles from 16 up to max_length."""
-    data_dir: str = ""
-    """Folder of prepared TFDS datasets; empty is TFDS's own ($TFDS_DATA_DIR or ~/tensorflow_datasets)."""
-    threads: int = 4
-    """Threads that assemble batches ahead of the step; 0 assembles them when they are asked for."""
 
     def check(self) -> None:
         """Raise `UserError` for values that contradict each other; looks at no data."""
-        check_batches(self, least_length=8)
+        self.check_batches(least_length=8)
         if len(set(self.labels)) != len(self.labels) or len(self.labels) == 1:
             raise UserError(f"data.labels must be at least two different names, got {self.labels}.")
         if self.labels and self.kind == "number":
@@ -91,16 +68,19 @@ class LabelledText(DataConfig):
         """
         self.check()
         given = Columns(self.text, self.text_pair, self.label, self.group)
-        parts: dict[Split, str] = {"train": self.train, "validation": self.validation, "test": self.test}
-        tables = open_tables(self.dataset, given, self.kind, parts, self.data_dir)
+        tables = open_tables(self.dataset, given, self.kind, self.parts(), self.data_dir)
         train = tables.splits["train"]
         labels = self.labels or tables.classes or (() if self.kind == "number" else learnt_labels(train, self.kind))
 
         def trained() -> Tokenizer:
-            bert = self.layout == "bert"
-            return trained_tokenizer(train.digest, lambda: _texts(train), vocab_size, bert, self.lowercase)
+            if self.layout == "bert":
+                return Tokenizer.train_wordpiece(_texts(train), vocab_size, self.lowercase)
+            return Tokenizer.train(_texts(train), vocab_size)
 
-        tokenizer, where = choose_tokenizer(tokenizer_json, self.tokenizer, vocab_size, trained)
+        made_from = (train.digest, vocab_size, self.layout, self.lowercase)
+        tokenizer, where = choose_tokenizer(
+            tokenizer_json, self.tokenizer, vocab_size, lambda: kept(trained, *made_from)
+        )
         return LabelledData(tables, self.encoder(tokenizer, where), labels, self.threads)
 
     def encoder(self, tokenizer: Tokenizer, where: str = "the tokenizer") -> TextEncoder:
@@ -108,7 +88,7 @@ class LabelledText(DataConfig):
 
         Raises `UserError` if the tokenizer lacks a special token of the layout.
         """
-        return TextEncoder(Layout(self.layout, tokenizer, self.max_length, where), self.kind, buckets_of(self))
+        return TextEncoder(Layout(self.layout, tokenizer, self.max_length, where), self.kind, self.buckets())
 
     def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return shape and dtype of each array of the batches of the longest bucket, over all processes."""

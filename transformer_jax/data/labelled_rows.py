@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 from transformer_jax.data.examples import normalise
-from transformer_jax.data.files import Lines, plain_suffix
+from transformer_jax.data.files import Lines, json_object, plain_suffix
 from transformer_jax.errors import UserError, closest
 
 Kind = Literal["classes", "number", "tags"]
@@ -248,13 +248,7 @@ def _csv(lines: Lines) -> Iterator[tuple[int, list[str]]]:
 
 def _jsonl(lines: Lines) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{lines.path}:{number}: not JSON ({error.msg} at column {error.colno}).") from error
-        if not isinstance(row, dict) or not row:
-            raise UserError(f'{lines.path}:{number}: expected an object such as {{"text": ..., "label": ...}}.')
-        yield number, row
+        yield number, json_object(line, f"{lines.path}:{number}", 'an object such as {"text": ..., "label": ...}')
 
 
 def _conll(lines: Lines) -> Iterator[tuple[int, dict[str, Any]]]:

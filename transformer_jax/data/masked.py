@@ -13,7 +13,7 @@ from transformer_jax.data.documents import Part
 from transformer_jax.data.holdout import Split
 from transformer_jax.data.loader import Batch
 from transformer_jax.data.masked_rows import ROLES, MaskedRows
-from transformer_jax.data.pretraining import Corpora, DocumentConfig, DocumentData, load_tokenizer
+from transformer_jax.data.pretraining import Corpora, DocumentConfig, DocumentData
 from transformer_jax.data.sentences import SentenceEnds, sentences
 from transformer_jax.data.tokenizer import Role, Tokenizer
 from transformer_jax.errors import UserError
@@ -33,8 +33,6 @@ class MaskedText(DocumentConfig):
     """What a document of plain text is: a file, or what stands between blank lines."""
     sentences: SentenceEnds = "punctuation"
     """What ends a sentence: only the end of a line, or also . ! ? and their like."""
-    tokenizer: str = ""
-    """Tokenizer to use (a vocab.txt or other file, a Hugging Face folder, a run); empty trains WordPiece."""
     lowercase: bool = True
     """Whether a WordPiece that is trained here reads capitals as small letters."""
     length: int = 128
@@ -94,13 +92,11 @@ class MaskedText(DocumentConfig):
                 f"there are {len(corpus)} documents; see data.boundary, or set data.next_sentence to False."
             )
 
-    def new_tokenizer(self, parts: Sequence[Part], vocab_size: int) -> tuple[Tokenizer, str]:
-        """Train WordPiece on `parts`, or read the tokenizer that is named."""
-        if self.tokenizer:
-            return load_tokenizer(self.tokenizer)
+    def train_tokenizer(self, parts: Sequence[Part], vocab_size: int) -> Tokenizer:
+        """Train WordPiece on `parts`."""
         kind = f"wordpiece {vocab_size} {'lower' if self.lowercase else 'cased'}"
         train = partial(Tokenizer.train_wordpiece, vocab_size=vocab_size, lowercase=self.lowercase)
-        return trained(parts, kind, train), "the trained tokenizer"
+        return trained(parts, kind, train)
 
 
 class MaskedData(DocumentData):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final
 from transformer_jax.data.corpus import Corpus, pieces, trained
 from transformer_jax.data.documents import Part
 from transformer_jax.data.packing import Stream
-from transformer_jax.data.pretraining import Corpora, DocumentConfig, DocumentData, load_tokenizer
+from transformer_jax.data.pretraining import Corpora, DocumentConfig, DocumentData
 from transformer_jax.data.row_plan import check_rows
 from transformer_jax.data.tokenizer import Role, Tokenizer
 from transformer_jax.errors import UserError
@@ -65,14 +65,15 @@ class PackedText(DocumentConfig):
         """
         return PackedData(self, self.read(vocab_size, tokenizer_json, pieces, "documents"))
 
-    def new_tokenizer(self, parts: Sequence[Part], vocab_size: int) -> tuple[Tokenizer, str]:
-        """Train byte-level BPE or collect the characters of `parts`, or read the tokenizer that is named."""
+    def tokenizer_path(self) -> str:
+        """Return the tokenizer that was named, if it is one to be read."""
+        return "" if self.tokenizer == CHARACTERS else self.tokenizer
+
+    def train_tokenizer(self, parts: Sequence[Part], vocab_size: int) -> Tokenizer:
+        """Train byte-level BPE on `parts`, or collect their characters."""
         if self.tokenizer == CHARACTERS:
-            return trained(parts, CHARACTERS, Tokenizer.characters), "the tokenizer of characters"
-        if self.tokenizer:
-            return load_tokenizer(self.tokenizer)
-        train = trained(parts, f"bpe {vocab_size}", lambda texts: Tokenizer.train(texts, vocab_size))
-        return train, "the trained tokenizer"
+            return trained(parts, CHARACTERS, Tokenizer.characters)
+        return trained(parts, f"bpe {vocab_size}", lambda texts: Tokenizer.train(texts, vocab_size))
 
 
 class PackedData(DocumentData):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -21,6 +20,7 @@ from transformer_jax.data.loader import Batch, read_ahead, rows_of_process
 from transformer_jax.data.plan import EMPTY
 from transformer_jax.data.row_plan import RowPlan, check_rows
 from transformer_jax.data.tokenizer import Role, Tokenizer
+from transformer_jax.data.tokenizer_choice import choose_tokenizer
 from transformer_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class DocumentConfig(DataConfig):
     """TFDS split expression or files; by default the split of that name, or a part held out of the training text."""
     test: str = ""
     """TFDS split expression or files; by default the split of that name, or (own files) a part held out."""
+    tokenizer: str = ""
+    """Tokenizer to use (a file, a Hugging Face folder, a run); empty trains one on the training documents."""
     batch_rows: int = 64
     """Rows of a batch, over all hosts."""
     rows_multiple: int = 8
@@ -66,9 +68,13 @@ class DocumentConfig(DataConfig):
                 raise UserError(f"data.{name} must be at least {least}, got {getattr(self, name)}.")
         check_rows("data.batch_rows", self.batch_rows, self.rows_multiple)
 
+    def tokenizer_path(self) -> str:
+        """Return the tokenizer that was named, if it is one to be read; empty trains one."""
+        return self.tokenizer
+
     @abc.abstractmethod
-    def new_tokenizer(self, parts: Sequence[Part], vocab_size: int) -> tuple[Tokenizer, str]:
-        """Return the tokenizer of a new run, trained on `parts` or read, and what to call it in messages."""
+    def train_tokenizer(self, parts: Sequence[Part], vocab_size: int) -> Tokenizer:
+        """Train the tokenizer of a new run on `parts`."""
 
     def read(self, vocab_size: int, saved: str | None, units: Units, mode: str) -> Corpora:
         """Read and tokenize all documents; what was tokenized before in this `mode` comes from the cache.
@@ -78,11 +84,10 @@ class DocumentConfig(DataConfig):
         self.check()
         expressions: dict[Split, str] = {"train": self.train, "validation": self.validation, "test": self.test}
         splits = open_documents(self.dataset, self.field, self.boundary, expressions, self.data_dir)
-        if saved is None:
-            tokenizer, where = self.new_tokenizer([p for source in splits.train for p in source.parts], vocab_size)
-        else:
-            tokenizer, where = Tokenizer.from_json(saved, where="tokenizer of the run"), "the tokenizer of the run"
-        tokenizer.require(vocab_size, where)
+        parts = [part for source in splits.train for part in source.parts]
+        tokenizer, where = choose_tokenizer(
+            saved, self.tokenizer_path(), vocab_size, lambda: self.train_tokenizer(parts, vocab_size)
+        )
         tokenizer.require_roles(self.roles, where)
 
         def corpus(parts: Sequence[Part], split: str) -> Corpus:
@@ -99,11 +104,6 @@ class DocumentConfig(DataConfig):
             corpus(splits.test, "test") if splits.test else None,
             splits.held_out,
         )
-
-
-def load_tokenizer(path: str) -> tuple[Tokenizer, str]:
-    """Read the tokenizer a user named, and say what to call it in messages."""
-    return Tokenizer.load(Path(path)), path
 
 
 @dataclass(frozen=True)

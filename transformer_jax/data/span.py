@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from transformer_jax.config import DataConfig
-from transformer_jax.data.holdout import Split
-from transformer_jax.data.labelled_batches import buckets_of, check_batches, choose_tokenizer, trained_tokenizer
 from transformer_jax.data.span_data import SpanData, SpanEncoder
 from transformer_jax.data.span_rows import Misplaced, QuestionTable, open_questions
 from transformer_jax.data.span_windows import Shape
+from transformer_jax.data.task_config import TaskConfig
 from transformer_jax.data.tokenizer import Tokenizer
+from transformer_jax.data.tokenizer_choice import choose_tokenizer, kept
 from transformer_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class SpanQA(DataConfig):
+class SpanQA(TaskConfig):
     """Questions whose answer is a span of a context, or that have none (Rajpurkar 2016 and 2018).
+
+    From TFDS (squad, squad/v2.0, tjax_tasks/wordnet_qa) or your file: squad.json or flat.jsonl, also .gz or .xz.
 
     A batch is {"tokens", "types" (1 in the context), "segments" (1 real, 0 padding): int32 [B, T]; "start", "end":
     int32 [B], the first and the last token of the answer; "example": int64 [B], the window}. A window is [CLS] question
@@ -25,43 +26,21 @@ class SpanQA(DataConfig):
     of padding.
     """
 
-    dataset: str
-    """TFDS name (squad, squad/v2.0, tjax_tasks/wordnet_qa) or your file: squad.json or flat.jsonl, also .gz or .xz."""
-    train: str = ""
-    """TFDS split expression, by default "train"; with your own file a file, by default what is not held out."""
-    validation: str = ""
-    """TFDS split expression, by default "validation"; with your own file a file, by default 5 % held out."""
-    test: str = ""
-    """TFDS split expression, by default "test" (squad: "validation"); with your own file a file, or 5 % held out."""
-    misplaced: Misplaced = "error"
-    """What to do about an answer that is not at its offset in the context: an error, or leave the question out."""
-    tokenizer: str = ""
-    """Tokenizer to use (a file, a Hugging Face folder, a run); empty trains WordPiece on the training texts."""
-    lowercase: bool = True
-    """Whether WordPiece trained here lower-cases; answers are cut out of the original text all the same."""
     max_length: int = 384
     """Most tokens of a window, special ones included."""
+    misplaced: Misplaced = "error"
+    """What to do about an answer that is not at its offset in the context: an error, or leave the question out."""
     doc_stride: int = 128
     """Context tokens from the beginning of one window to that of the next."""
     max_query_length: int = 64
     """Most tokens of a question; the rest is cut."""
-    batch_rows: int = 32
-    """Windows in a batch."""
-    rows_multiple: int = 8
-    """Every batch has a multiple of this many rows, so that a mesh can divide it."""
-    bucket_lengths: tuple[int, ...] = ()
-    """Lengths to which batches are padded, each a shape to compile; empty doubles from 64 up to max_length."""
-    data_dir: str = ""
-    """Folder of prepared TFDS datasets; empty is TFDS's own ($TFDS_DATA_DIR or ~/tensorflow_datasets)."""
-    threads: int = 4
-    """Threads that assemble batches ahead of the step; 0 assembles them when they are asked for."""
 
     def check(self) -> None:
         """Raise `UserError` for values that contradict each other; looks at no data."""
         for name in ("doc_stride", "max_query_length"):
             if getattr(self, name) < 1:
                 raise UserError(f"data.{name} must be at least 1, got {getattr(self, name)}.")
-        check_batches(self, least_length=self.max_query_length + 4)
+        self.check_batches(least_length=self.max_query_length + 4)
 
     def open(self, vocab_size: int, tokenizer_json: str | None = None) -> SpanData:
         """Read, check and tokenize all splits; what was tokenized before comes from the cache.
@@ -74,14 +53,16 @@ class SpanQA(DataConfig):
 
         """
         self.check()
-        parts: dict[Split, str] = {"train": self.train, "validation": self.validation, "test": self.test}
-        tables = open_questions(self.dataset, parts, self.data_dir)
+        tables = open_questions(self.dataset, self.parts(), self.data_dir)
+        train = tables["train"]
 
         def trained() -> Tokenizer:
-            train = tables["train"]
-            return trained_tokenizer(train.digest, lambda: _texts(train), vocab_size, True, self.lowercase)
+            return Tokenizer.train_wordpiece(_texts(train), vocab_size, self.lowercase)
 
-        tokenizer, where = choose_tokenizer(tokenizer_json, self.tokenizer, vocab_size, trained)
+        made_from = (train.digest, vocab_size, self.lowercase)
+        tokenizer, where = choose_tokenizer(
+            tokenizer_json, self.tokenizer, vocab_size, lambda: kept(trained, *made_from)
+        )
         return SpanData(tables, self.encoder(tokenizer, where), self.misplaced, self.threads)
 
     def encoder(self, tokenizer: Tokenizer, where: str = "the tokenizer") -> SpanEncoder:
@@ -91,7 +72,7 @@ class SpanQA(DataConfig):
         """
         tokenizer.require_roles(("cls", "sep"), where)
         shape = Shape(self.max_length, self.doc_stride, self.max_query_length)
-        return SpanEncoder(tokenizer, shape, buckets_of(self, first=64))
+        return SpanEncoder(tokenizer, shape, self.buckets(first=64))
 
     def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return shape and dtype of each array of the batches of the longest bucket, over all processes."""

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
-from transformer_jax.data.files import Lines, plain_suffix
+from transformer_jax.data.files import Lines, json_object, plain_suffix
 from transformer_jax.data.holdout import SPLITS, Split, hold_out
 from transformer_jax.data.progress import shown
 from transformer_jax.errors import UserError
@@ -148,12 +148,7 @@ def read_questions(path: Path) -> FileQuestions:
 def _flat(lines: Lines) -> Iterator[Question]:
     for number, line in lines:
         where = f"{lines.path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object with the keys question, context and answers.")
+        row = json_object(line, where, "an object with the keys question, context and answers")
         yield _question(row, str(number), where)
 
 

@@ -13,14 +13,15 @@ import tensorflow_datasets as tfds
 import tensorflow_datasets.text
 import tensorflow_datasets.translate
 
-from transformer_jax.data import bundled_builder, bundled_tasks, bundled_text
+from transformer_jax.data import bundled_parallel, bundled_tasks, bundled_text
+from transformer_jax.data.bundled_dataset import prepare
 from transformer_jax.data.files import FORMS, pick
 from transformer_jax.data.holdout import Split
 from transformer_jax.data.sources import Pairs
 from transformer_jax.errors import UserError, closest
 
 _PROBES: Final = 64
-_BUNDLED: Final = (bundled_builder.NAME, bundled_tasks.NAME, bundled_text.NAME)
+_BUNDLED: Final = (bundled_parallel.NAME, bundled_tasks.NAME, bundled_text.NAME)
 
 
 class TfdsPairs:
@@ -70,7 +71,7 @@ def open_tfds(
     """
     builder = _builder(dataset, data_dir, forms)
     if dataset.partition("/")[0].partition(":")[0] in _BUNDLED:
-        bundled_builder.prepare(builder)
+        prepare(builder)
         builder = _builder(dataset, data_dir, forms)
     opened = {split: _open(builder, dataset, split, expression, data_dir) for split, expression in expressions.items()}
     return builder.info, opened

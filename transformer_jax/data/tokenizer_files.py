@@ -39,6 +39,8 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 def parse_tokenizer(text: str, where: str) -> tokenizers.Tokenizer:
     """Read the content of a `tokenizer.json`. Raises `UserError` naming `where` if it is none."""
+    if not text:
+        raise UserError(f"{where} is none: the model was imported without one; import it again with --tokenizer.")
     content = _json(text, where)
     # `tokenizers` itself raises a bare Exception for a foreign file, which is no type one should catch.
     if not isinstance(content, dict) or "vocab" not in (content.get("model") or ()):

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-import tokenizers
-
 from transformer_jax.config import DataConfig
-from transformer_jax.data.cache import cached, fingerprint
 from transformer_jax.data.examples import Filters, tokenized, usable_texts
 from transformer_jax.data.holdout import SPLITS
 from transformer_jax.data.parallel import ParallelData
 from transformer_jax.data.plan import geometric_buckets, make_buckets
 from transformer_jax.data.sources import Pairs, open_splits
 from transformer_jax.data.tokenizer import Tokenizer
+from transformer_jax.data.tokenizer_choice import choose_tokenizer, kept
 from transformer_jax.errors import UserError
 
 _TOKENIZER_PAIRS: Final = 1_000_000  # bounds time and memory; of a larger set evenly spaced chunks are read
@@ -129,29 +126,13 @@ class ParallelText(DataConfig):
         }
 
     def _tokenizer(self, vocab_size: int, saved: str | None, train: Pairs, filters: Filters) -> Tokenizer:
-        if saved is not None:
-            tokenizer, where = Tokenizer.from_json(saved, where="tokenizer of the run"), "the tokenizer of the run"
-        elif self.tokenizer:
-            tokenizer, where = Tokenizer.load(Path(self.tokenizer)), self.tokenizer
-        else:
-            tokenizer, where = trained_tokenizer(train, vocab_size, filters), "the trained tokenizer"
-        tokenizer.require(vocab_size, where)
+        def trained() -> Tokenizer:
+            stride = -(-len(train) // _TOKENIZER_PAIRS)
+            return Tokenizer.train(usable_texts(train, filters, stride), vocab_size)
+
+        made_from = (train.digest, vocab_size, vars(filters))
+        tokenizer, where = choose_tokenizer(saved, self.tokenizer, vocab_size, lambda: kept(trained, *made_from))
         pad, *_ = tokenizer.require_roles(("pad", "bos", "eos"), where)
         if pad:
             raise UserError(f"{where} pads with id {pad}, but batches of parallel text are padded with 0.")
         return tokenizer
-
-
-def trained_tokenizer(train: Pairs, vocab_size: int, filters: Filters) -> Tokenizer:
-    """Train byte-level BPE on `train` (evenly spaced chunks of a very large set), or read it from the cache.
-
-    Raises `UserError` if no pair passes the filters, or the vocabulary is too small.
-    """
-    stride = -(-len(train) // _TOKENIZER_PAIRS)
-
-    def write(folder: Path) -> None:
-        tokenizer = Tokenizer.train(usable_texts(train, filters, stride), vocab_size)
-        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-
-    key = fingerprint(train.digest, vocab_size, vars(filters), tokenizers.__version__)
-    return Tokenizer.load(cached(f"tokenizer-{key}", write) / "tokenizer.json")

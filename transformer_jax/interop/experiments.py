@@ -29,9 +29,9 @@ def _task(model: ModelConfig, labels: tuple[str, ...]) -> tuple[ObjectiveConfig,
     if model.task == "span":
         return SpanExtraction(), SpanQA(NO_DATASET, max_length=length, max_query_length=min(64, length // 4))
     if model.task == "tag":
-        return Classification("tags"), LabelledText(NO_DATASET, "tags", labels=labels, max_length=length)
+        return Classification("tags"), LabelledText(NO_DATASET, kind="tags", labels=labels, max_length=length)
     if model.task == "classify" and model.labels == 1:
-        return Classification("number"), LabelledText(NO_DATASET, "number", max_length=length)
+        return Classification("number"), LabelledText(NO_DATASET, kind="number", max_length=length)
     if model.task == "classify":
         return Classification(), LabelledText(NO_DATASET, labels=labels, max_length=length)
     pairs = model.task == "pretrain"

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformer_jax.errors import UserError
 from transformer_jax.launch.command import Command, ask, shell
-from transformer_jax.launch.job import Backend, Job, State
-from transformer_jax.launch.slices import Slice
+from transformer_jax.launch.job import Job, State
+from transformer_jax.launch.on_slices import OnSlices
 from transformer_jax.launch.tpu_vm import check_cloud
 from transformer_jax.launch.vendors import explain
 
@@ -31,37 +31,15 @@ SLICE_LABEL = "jobset.sigs.k8s.io/job-index"
 
 
 @dataclass(frozen=True)
-class Gke(Backend):
+class Gke(OnSlices):
     """TPU slices as node pools of a GKE cluster."""
 
-    slice: Slice
-    project: str
-    zone: str
-    """Zone or region of the cluster."""
-    bucket: str
-    cluster: str
-    slices: int = 1
-    spot: bool = False
+    cluster: str = field(kw_only=True)
     namespace: str = "default"
     image: str = "python:3.12"
     service_account: str = ""
     """Kubernetes service account that may read and write the bucket."""
     retries: int = 10
-
-    @property
-    def chips(self) -> int:
-        """Chips of all slices."""
-        return self.slices * self.slice.chips
-
-    @property
-    def devices(self) -> int | None:
-        """JAX devices of all slices."""
-        return self.slices * self.slice.devices
-
-    @property
-    def workers(self) -> int:
-        """One pod a host."""
-        return self.slices * self.slice.hosts
 
     @property
     def node_labels(self) -> dict[str, str]:

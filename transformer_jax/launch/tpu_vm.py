@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from transformer_jax.errors import UserError
 from transformer_jax.launch.command import GONE, Command, ask
-from transformer_jax.launch.job import Backend, Job, State
-from transformer_jax.launch.slices import Slice
+from transformer_jax.launch.job import Job, State
+from transformer_jax.launch.on_slices import OnSlices
 from transformer_jax.launch.vendors import explain
 from transformer_jax.launch.worker import HOME, TIMED_OUT, exports, exports_of, read_env, startup
 
@@ -21,16 +21,9 @@ WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 
 
 @dataclass(frozen=True)
-class TpuVm(Backend):
+class TpuVm(OnSlices):
     """One or more slices of Cloud TPU."""
 
-    slice: Slice
-    project: str
-    zone: str
-    bucket: str
-    """gs://BUCKET or gs://BUCKET/FOLDER; the run lies in a folder of the job's name."""
-    slices: int = 1
-    spot: bool = False
     valid_until: str = ""
     """How long the request may wait, as 6h; for ever unless given."""
     service_account: str = ""
@@ -38,21 +31,6 @@ class TpuVm(Backend):
     subnetwork: str = ""
     internal_ip: bool = False
     """No external addresses: the machines are reached from inside their network."""
-
-    @property
-    def chips(self) -> int:
-        """Chips of all slices."""
-        return self.slices * self.slice.chips
-
-    @property
-    def devices(self) -> int | None:
-        """JAX devices of all slices."""
-        return self.slices * self.slice.devices
-
-    @property
-    def workers(self) -> int:
-        """One a host."""
-        return self.slices * self.slice.hosts
 
     @property
     def where(self) -> str:

@@ -11,7 +11,6 @@ import jax
 from jax.sharding import Mesh
 
 from transformer_jax.config import ComputeConfig, Experiment
-from transformer_jax.errors import UserError
 from transformer_jax.flops import flops
 from transformer_jax.nn.module import parameter_count
 from transformer_jax.planning.collectives import Collective
@@ -41,7 +40,7 @@ def plan(experiment: Experiment, target: Target, *, compile: bool = True) -> Pla
     """
     experiment = replace(experiment, compute=on_accelerator(experiment))
     devices = target.compile_devices() if compile else None
-    trainer = trainer_of(experiment, devices or target.stand_ins())
+    trainer = Trainer.of(experiment, devices or target.stand_ins())
     shapes = experiment.data.batch_shapes()
     guess = estimated(trainer)
     state = _state_bytes(trainer)
@@ -57,18 +56,6 @@ def on_accelerator(experiment: Experiment) -> ComputeConfig:
     """Return the compute settings as an accelerator would decide them: layers are scanned unless told otherwise."""
     compute = experiment.compute
     return replace(compute, layers="scan") if compute.layers == "auto" else compute
-
-
-def trainer_of(experiment: Experiment, devices: list[Any]) -> Trainer:
-    """Arrange the devices; a mesh that the physical network cannot hold is an error of the user's."""
-    try:
-        return Trainer.of(experiment, devices)
-    except NotImplementedError as error:
-        mesh = vars(experiment.mesh)
-        raise UserError(
-            f"the network of {len(devices)} devices cannot be divided into {mesh}: each axis must be made of whole "
-            "dimensions of it; choose other sizes."
-        ) from error
 
 
 def _state_bytes(trainer: Trainer) -> dict[str, int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformer_jax.data.files import json_object
 from transformer_jax.errors import UserError, closest
 
 FORMATS = ".csv, .tsv, .jsonl or .parquet"
@@ -97,13 +98,7 @@ def _read_jsonl(path: Path) -> Columns:
     for line, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not text.strip():
             continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{line}: not JSON ({error.msg} at column {error.colno}).") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{line}: expected one object a line.")
-        rows.append(row)
+        rows.append(json_object(text, f"{path}:{line}", "one object a line"))
         lines.append(line)
     names = dict.fromkeys(name for row in rows for name in row)
     return Columns(path, {name: [row.get(name) for row in rows] for name in names}, lines)
