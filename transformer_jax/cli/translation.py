@@ -88,7 +88,7 @@ class CompareOptions:
     train: TrainConfig
     seeds: int = 2
     """Runs of each experiment."""
-    lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    lengths: tuple[int, ...] = (64, 256, 1024)
     """Sequence lengths at which the speed of a training step is measured (translators)."""
     tokens: int = 2048
     """Tokens a side of a batch in that measurement."""
