@@ -116,17 +116,18 @@ def _means(report: dict[str, Any], title: str) -> Table:
     """What a run that is no translator scores, beside its floors."""
     columns = {"model": report["scores"]} | report["floors"]
     table = Table("held out", title=title, box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="right")
-        table.add_column("95 %", justify="right")
-    for name in report["scores"]:
+    for name, scores in columns.items():
+        table.add_column(name, justify="right", no_wrap=True)
+        if any(entry["interval"] for entry in scores.values()):
+            table.add_column("95 %", justify="right", no_wrap=True)
+    for score in report["scores"]:
         cells = []
         for scores in columns.values():
-            entry = scores.get(name, {"value": None, "interval": None})
-            low, high = entry["interval"] or (None, None)
-            cells += ["" if entry["value"] is None else f"{entry['value']:.4f}"]
-            cells += ["" if low is None else f"{low:.4f} to {high:.4f}"]
-        table.add_row(name, *cells)
+            entry = scores.get(score)
+            cells.append(f"{entry['value']:.4f}" if entry else "")
+            if any(other["interval"] for other in scores.values()):
+                cells.append("{:.4f} to {:.4f}".format(*entry["interval"]) if entry and entry["interval"] else "")
+        table.add_row(score, *cells)
     return table
 
 
