@@ -191,8 +191,12 @@ def test_the_doctor_is_asked_before_anything_is(world, tjax):
     ):
         world.is_so(**scenario)
         refused(tjax("launch", RECIPE, *TPU, "--poll", "0"), part, "--no-doctor")
-    assert world.calls(*CREATE) == []
     world.is_so(**at_hand | {"quotas": quota(64)})
+    large = ["launch", "gpt2_1558m", *SLICE, "--poll", "0"]
+    refused(
+        tjax(*large), "gpt2_1558m does not fit v5e-16", "GiB a device of 15.75 (estimate)", "tjax plan", "--no-doctor"
+    )
+    assert world.calls(*CREATE) == []
     assert tjax("launch", RECIPE, *TPU, "--poll", "0")[0] == 0
 
 

@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import jax
+
 from transformer_jax.cli import jobs
+from transformer_jax.cli.planning import CLOSE
 from transformer_jax.cli.training import TrainOptions
 from transformer_jax.cli.verb import Tree, Verb, experiment_of, out, parse
 from transformer_jax.config import Experiment, flatten
@@ -20,12 +23,17 @@ from transformer_jax.launch.command import shell
 from transformer_jax.launch.gke import Gke
 from transformer_jax.launch.job import Backend, Budget, Job, commands
 from transformer_jax.launch.local import Local, machine_gpus
+from transformer_jax.launch.on_slices import OnSlices
 from transformer_jax.launch.slices import find_slice
 from transformer_jax.launch.slurm import Slurm
 from transformer_jax.launch.source import Source, inside, read_source
 from transformer_jax.launch.store import Record
 from transformer_jax.launch.tpu_vm import TpuVm
 from transformer_jax.logs import print_json, say
+from transformer_jax.planning.plan import Plan
+from transformer_jax.planning.planner import plan
+from transformer_jax.planning.report import GIB
+from transformer_jax.planning.target import find_target
 from transformer_jax.sharding import AXES, BATCH_AXES
 
 
@@ -268,6 +276,7 @@ def _launch(target: str, options: LaunchOptions) -> int:
     else:
         if options.doctor:
             _refuse_if_failed(job.backend)
+            _refuse_if_too_large(options.experiment, job.backend)
         # A run that goes on under the same name goes on with the same budget.
         spent = before.periods if before else ()
         record = watch.start(Record(job, periods=spent), options.poll)
@@ -290,6 +299,21 @@ def _refuse_if_failed(backend: Backend) -> None:
     for check in doctor.check_backend(backend):
         if check.status == "failed" and check.name not in ("working tree", "ssh to all workers"):
             raise UserError(f"{check.name}: {check.detail}. To mend it: {check.mend}. (--no-doctor launches anyway)")
+
+
+def _refuse_if_too_large(experiment: Experiment, backend: Backend) -> None:
+    """Ask the estimate of `tjax plan` whether a training step fits the chips; launch nothing that is far from it."""
+    if not isinstance(backend, OnSlices) or backend.slices > 1:
+        return
+    jax.config.update("jax_platforms", "cpu")  # devices of this machine are left alone
+    name = backend.slice.name
+    found = plan(experiment, find_target(name), compile=False)
+    if isinstance(found, Plan) and found.memory.total > CLOSE * found.memory.available:
+        raise UserError(
+            f"{experiment.name} does not fit {name}: {found.memory.total / GIB:.1f} GiB a device of "
+            f"{found.memory.available / GIB:.2f} (estimate). `tjax plan` with the same options and --on {name} names "
+            "what would fit. (--no-doctor launches anyway)"
+        )
 
 
 def _doctor(_: str, options: DoctorOptions) -> int:
