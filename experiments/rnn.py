@@ -131,7 +131,8 @@ def luong_global_dot() -> Experiment:
 
 
 # For the comparison with the Transformer: LSTM cells, one vocabulary and tied embedding, equal parameter counts. All
-# three read both ways with one layer and write with one, so that they differ in nothing but the attention.
+# three read both ways with one layer and write with one; they differ in the attention, and in how what it found
+# enters the output.
 PLAIN = RNNSeq2SeqConfig(encoder_layers=1, decoder_layers=1, bidirectional=True, tied=True, dropout=0.2)
 BAHDANAU = replace(PLAIN, attention="additive")
 GLOBAL = replace(PLAIN, attention="general", input_feeding=True)
