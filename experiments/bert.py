@@ -141,12 +141,12 @@ def bert_medium() -> Experiment:
 
 def bert_small_demo() -> Experiment:
     """A small BERT for 2 CPU cores and the pages of LibreOffice Help; about 10 minutes."""
-    steps = 9000
+    steps = 7000
     return Experiment(
         name="bert_small_demo",
         model=SMALL,
         objective=MaskedLM(),
-        data=MaskedText(dataset="tjax_text/help_en", length=48, max_predictions=10, batch_rows=32),
+        data=MaskedText(dataset="tjax_text/help_en", length=64, max_predictions=10, batch_rows=32),
         optim=OptimConfig(
             schedule=ScheduleConfig(kind="linear", peak=3e-3, warmup=200, steps=steps),
             b2=0.98,
