@@ -72,7 +72,7 @@ def compare(
     """
     data = parallel_text(experiments[0])
     for other in experiments[1:]:
-        if other.data != data:
+        if replace(parallel_text(other), tokenizer=data.tokenizer) != data:
             raise UserError(f"'{other.name}' and '{experiments[0].name}' are trained on different data.")
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
