@@ -13,6 +13,9 @@ from typing import Any
 
 import jax
 
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL", "JAX_DEFAULT_MATMUL_PRECISION")
+"""Environment variables that change the compiled program."""
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers", "numpy")
 
 
@@ -25,10 +28,12 @@ def provenance() -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "flags": {name: os.environ[name] for name in FLAGS if name in os.environ},
         "backend": jax.default_backend(),
         "device": devices[0].device_kind,
         "devices": len(devices),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "processes": jax.process_count(),
         "machine": f"{platform.system()} {platform.machine()}",
     }

@@ -1,0 +1,172 @@
+"""The rows of the throughput table that need an accelerator, in one run of under ten minutes and without a network.
+
+`make bench-gpu` runs it; `python -m experiments.bench_accelerator --small` is the same in miniature for any machine.
+Random parameters and random tokens: nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from experiments.bert import bert_large
+from experiments.gpt import gpt2_124m, gpt2_355m, gpt2_1558m
+from experiments.transformer import transformer_big_wmt14_en_de
+from transformer_jax.bench.decode import Prompted
+from transformer_jax.bench.run import Request, bench
+from transformer_jax.bench.train import Effort
+from transformer_jax.config import Experiment
+from transformer_jax.errors import UserError
+from transformer_jax.logs import say
+from transformer_jax.report import table
+
+Point = dict[str, Any]
+
+RESULTS = Path(__file__).with_name("results")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One piece of work."""
+
+    name: str
+    experiment: Experiment
+    request: Request
+    unit: str
+    figure: Callable[[Point], float]
+    """What is compared with the bar, of a point."""
+    bars: tuple[float, ...]
+    """One for each point, or for all; on one H100, bfloat16 (ratios and shares hold anywhere)."""
+    aims: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Run the accelerator's rows of the throughput table."""
+
+    minutes: float = 9.0
+    """After these no further row is begun."""
+    seconds: float = 15.0
+    """Of repeats of each point, at most."""
+    small: bool = False
+    """Miniature models, for a test on any machine."""
+    rows: tuple[str, ...] = ()
+    """Names of rows; by default all."""
+    out: Path = field(default_factory=lambda: RESULTS)
+    """Folder of the result."""
+
+
+def rows(small: bool = False, seconds: float = 15.0) -> list[Row]:
+    """List the rows, those that matter most first."""
+    effort = Effort(budget=seconds)
+    tokens, shares = (lambda p: p["tokens_per_second"]), (lambda p: p["share_of_floor"])
+    decoding: tuple[int, ...] = (8, 16) if small else (1, 8, 64)
+
+    def train(name: str, experiment: Experiment, batch: int, length: int, bar: float, aim: float) -> Row:
+        request = Request(batch=(batch,), length=(length,), effort=effort)
+        return Row(name, experiment, request, "tokens/s", tokens, (bar,), (aim,))
+
+    def bert(length: int, batch: int, bar: float, aim: float) -> Row:
+        request = Request(batch=(batch,), length=(length,), effort=effort)
+        rate: Callable[[Point], float] = lambda p: p["rows"] / p["step_seconds"]["median"]  # noqa: E731
+        return Row(f"bert_large_{length}", _bf16(bert_large()), request, "sequences/s", rate, (bar,), (aim,))
+
+    big = _bf16(transformer_big_wmt14_en_de())
+    translation = Request(batch=(384,), length=(64,), effort=effort)  # 24,576 tokens a side, none of them padding
+    writing = Request(what="decode", batch=decoding, prompted=Prompted(128, 384), effort=effort)
+    depths = Request(what="compile", batch=(8,), length=(1024,), layers=(12, 96))
+    large = gpt2_1558m()
+    saved = replace(large, compute=replace(large.compute, remat="dots"))
+    found = [
+        train("gpt2_124m", gpt2_124m(), 32, 1024, 430e3, 500e3),
+        bert(128, 128, 1490, 1750),
+        bert(512, 32, 350, 410),
+        Row("transformer_big", big, translation, "of the product's rate", _of_product, (0.38,), (0.45,)),
+        Row("decode_gpt2_1558m", large, writing, "of the floor", shares, (0.60, 0.55, 0.50), (0.75, 0.70, 0.65)),
+        train("gpt2_355m", gpt2_355m(), 16, 1024, 165e3, 190e3),
+        train("gpt2_1558m", saved, 16, 1024, 38e3, 46e3),
+        Row("compile_12_to_96", gpt2_124m(), depths, "times as long", lambda p: p["ratio"], (1.2,), (1.2,)),
+    ]
+    return [_small(row) for row in found] if small else found
+
+
+def _of_product(point: Point) -> float:
+    return float(point["share_of_matmul_rate"])
+
+
+def _bf16(experiment: Experiment) -> Experiment:
+    return replace(experiment, compute=replace(experiment.compute, dtype="bfloat16"))
+
+
+def _small(row: Row) -> Row:
+    """Shrink a row to seconds: sizes change, what is measured and how does not."""
+    names = {name for name in ("layers", "encoder_layers", "decoder_layers") if hasattr(row.experiment.model, name)}
+    sizes: dict[str, Any] = {"width": 16, "heads": 2, "vocab_size": 64, "feedforward": 32} | dict.fromkeys(names, 1)
+    experiment = replace(
+        row.experiment,
+        model=replace(row.experiment.model, **sizes),
+        compute=replace(row.experiment.compute, dtype="float32"),
+        decode=replace(row.experiment.decode, beam=1),
+    )
+    request = replace(
+        row.request,
+        batch=row.request.batch if row.request.what == "decode" else (8,),
+        length=(16,),
+        prompted=Prompted(8, 4),
+        layers=(1, 3),
+        effort=replace(row.request.effort, budget=0.1, width=0.5, warm_cache=False),
+    )
+    return replace(row, experiment=experiment, request=request)
+
+
+def main(options: Options) -> Path:
+    """Run the rows, write what there is after each, and print the table; returns the file."""
+    wanted = [row for row in rows(options.small, options.seconds) if not options.rows or row.name in options.rows]
+    if not wanted:
+        raise UserError(f"--rows: choose among {', '.join(row.name for row in rows())}.")
+    device = jax.devices()[0].device_kind.lower().replace(" ", "_")
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / f"bench_{device}{'_small' if options.small else ''}.json"
+    began, results = time.monotonic(), {}
+    for row in wanted:
+        if time.monotonic() - began > 60 * options.minutes:
+            results[row.name] = {"failed": f"not begun: {options.minutes:g} minutes were over"}
+        else:
+            say(f"== {row.name}")
+            try:
+                results[row.name] = bench([("", row.experiment)], row.request)
+            except UserError as error:
+                say(f"failed: {error}")
+                results[row.name] = {"failed": str(error)}
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(summary(wanted, results))
+    say(f"{file}, {(time.monotonic() - began) / 60:.1f} min")
+    return file
+
+
+def summary(wanted: list[Row], results: dict[str, Any]) -> str:
+    """Return the Markdown table of figures beside their bars."""
+    lines: list[list[object]] = []
+    for row in wanted:
+        result = results[row.name]
+        if "failed" in result:
+            lines.append([row.name, "", result["failed"], "", "", ""])
+            continue
+        for i, point in enumerate(result["points"]):
+            bar, aim = (marks[min(i, len(marks) - 1)] for marks in (row.bars, row.aims))
+            if "failed" in point:
+                lines.append([row.name, point["rows"], point["failed"], row.unit, bar, aim])
+                continue
+            lines.append([row.name, point["rows"], f"{row.figure(point):,.4g}", row.unit, f"{bar:,g}", f"{aim:,g}"])
+    return table(["work", "rows", "figure", "unit", "bar (H100)", "aim"], lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

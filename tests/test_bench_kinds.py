@@ -1,0 +1,134 @@
+"""What stands beside the step: writing tokens, loading, saving, compiling at depth."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny import tiny, write_pairs
+from tests.tiny_gpt import CHARACTERS as TOKENIZER
+from tests.tiny_gpt import GPT2, experiment
+from transformer_jax.bench import data as loading
+from transformer_jax.bench.batches import sized
+from transformer_jax.bench.ceilings import Ceilings
+from transformer_jax.bench.checkpoint import bench_checkpoint
+from transformer_jax.bench.data import bench_data, one_core
+from transformer_jax.bench.decode import Prompted, bench_decode
+from transformer_jax.bench.depth import at_depth, bench_compile
+from transformer_jax.bench.profile import profile
+from transformer_jax.bench.report import lines
+from transformer_jax.bench.train import Effort
+from transformer_jax.config import ComputeConfig
+from transformer_jax.errors import UserError
+from transformer_jax.recipes import find_recipe
+
+QUICK = Effort(budget=0.2, width=0.5, warm_cache=False)
+FAST = Ceilings("cpu", "float32", 1e15, 1e15, 1e15, "measured: in a test", 1e15, "measured: in a test")
+SMALL = replace(tiny(), model=replace(tiny().model, encoder_layers=1, decoder_layers=1, dropout=0.0))
+
+
+def told(what, point):
+    return list(lines({"what": what, "points": [point | {"variant": ""}]}))
+
+
+def test_decoding_by_a_decoder_alone():
+    limits = replace(FAST, bandwidth=1e12)
+    point = bench_decode(sized(experiment(GPT2, TOKENIZER), 8, 16), Prompted(11, 20), QUICK, limits)
+    step, V = point["step_seconds"], TOKENIZER.vocab_size
+    assert point["tokens_per_second"] == 8 / step["median"]
+    assert np.isclose(np.median(step["seconds"]), step["median"])
+    # Attention and feed-forward with biases, three norms, and the tied table, but no table of positions.
+    weights = 4 * 24 * 24 + 4 * 24 + 2 * 24 * 40 + 40 + 24 + 3 * 2 * 24 + 24 * V
+    cache = 8 * 31 * (2 * 24 * 4) * (11 + 20 / 2) / 31
+    assert 4 * weights + cache <= point["bytes_per_token"] <= 4 * weights + 1.1 * cache  # positions of the places
+    assert point["floor_seconds"] == point["bytes_per_token"] / 1e12
+    assert point["parameter_bytes_held"] == 4 * weights
+    assert any("greedy" in line for line in told("decode", point))
+
+
+def test_decoding_by_a_translator():
+    decode = replace(SMALL.decode, beam=3)
+    point = bench_decode(sized(replace(SMALL, decode=decode), 8, 16), Prompted(9, 5), QUICK, FAST)
+    assert (point["rows"], point["length"], point["new"], point["how"]) == (8, 9, 5, "beam of 3")
+    memory = 8 * 9 * 2 * 24 * 4
+    assert memory < point["bytes_per_token"]
+    assert point["prefill_seconds"]["median"] > 0
+
+
+def test_what_cannot_be_decoded():
+    with pytest.raises(UserError, match=r"bert_tiny writes nothing"):
+        bench_decode(find_recipe("bert_tiny"), Prompted(), QUICK, FAST)
+    with pytest.raises(UserError, match=r"--prompt 40 and --new 9 are more than model\.context=48"):
+        bench_decode(experiment(GPT2, TOKENIZER), Prompted(40, 9), QUICK, FAST)
+    with pytest.raises(UserError, match=r"--prompt and --new must be at least 1"):
+        bench_decode(SMALL, Prompted(0, 9), QUICK, FAST)
+
+
+def test_the_loader_alone(tmp_path):
+    write_pairs(tmp_path / "pairs.tsv")
+    point = bench_data(sized(tiny(tmp_path / "pairs.tsv"), 8, 32), QUICK, FAST, tokens_per_second=1e3)
+    assert 0 < point["padding"] < 1
+    assert point["tokens_per_second"] == pytest.approx(point["tokens_per_second_padded"] * (1 - point["padding"]))
+    assert point["headroom"] == point["tokens_per_second"] / 1e3
+    assert point["step_seconds"]["samples"] <= loading.BLOCKS
+    slow = told("data", point | {"headroom": 0.4})
+    assert any("INPUT-BOUND" in line for line in slow)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_the_loader_has_one_core_and_gives_it_back():
+    before = os.sched_getaffinity(0)
+    with one_core() as core:
+        assert os.sched_getaffinity(0) == {core}
+    assert os.sched_getaffinity(0) == before
+
+
+def test_saving_stalls_no_longer_than_it_takes(tmp_path, monkeypatch):
+    def quick(state, batch):
+        time.sleep(1e-3)
+        params = {**state.params, "embedding": jax.tree.map(lambda x: x + 1, state.params["embedding"])}
+        return replace(state, params=params), {"loss": np.float32(1), "tokens": np.float32(1)}
+
+    monkeypatch.setattr(sys.modules["transformer_jax.train"].Trainer, "train_step", lambda _: quick)
+    monkeypatch.chdir(tmp_path)
+    point = bench_checkpoint(sized(SMALL, 8, 12), QUICK)
+    assert point["state_bytes"] > 4 * 3 * 10_000
+    assert point["disk_bytes"] > 1000
+    assert 0 < point["step_seconds"]["median"] <= point["save_seconds"]["median"]
+    assert point["stall_in_steps"] == point["step_seconds"]["median"] / point["plain_step_seconds"]["median"]
+    assert not list(Path("runs").iterdir())
+    assert any(line.strip().startswith("stall") for line in told("checkpoint", point))
+
+
+@pytest.mark.slow
+def test_compiling_at_depth():
+    scanned = replace(SMALL, compute=ComputeConfig())
+    point = bench_compile(sized(scanned, 8, 12), (1, 2))
+    assert [(depth["layers"], depth["how"]) for depth in point["depths"]] == [(1, "scan"), (2, "scan")]
+    seconds = [depth["trace"] + depth["compile"] for depth in point["depths"]]
+    assert point["ratio"] == seconds[1] / seconds[0]
+    deep = at_depth(find_recipe("gpt2_124m"), 96)
+    assert (deep.model.layers, deep.compute.layers) == (96, "scan")
+    assert at_depth(SMALL, 5).model.decoder_layers == at_depth(SMALL, 5).model.encoder_layers == 5
+    with pytest.raises(UserError, match=r"--layers must be at least 1"):
+        bench_compile(SMALL, ())
+
+
+def test_a_profile_names_the_operations_of_the_step(tmp_path):
+    found = profile(sized(SMALL, 8, 12), tmp_path, steps=3)
+    operations = found["operations"]
+    assert sum(one["share"] for one in operations) == pytest.approx(1)
+    assert found["busy_milliseconds"] == pytest.approx(sum(one["milliseconds"] for one in operations))
+    assert [one["share"] for one in operations] == sorted((one["share"] for one in operations), reverse=True)
+    assert any("dot_general" in one["source"] for one in operations)
+    assert not {one["name"].split(".")[0] for one in operations} & {"while", "call"}
+    assert Path(found["trace"]).is_relative_to(tmp_path)
+    with pytest.raises(UserError, match=r"--steps must be at least 1"):
+        profile(SMALL, tmp_path, steps=0)
