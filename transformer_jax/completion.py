@@ -24,6 +24,7 @@ from transformer_jax.prompts import PromptEncoder
 from transformer_jax.sampling import Chunk
 from transformer_jax.sharding import make_mesh
 from transformer_jax.speculative import check_drafted
+from transformer_jax.storage import run_path
 from transformer_jax.text_stream import TextStream
 
 SMOOTH: Final = 0.1
@@ -73,7 +74,7 @@ class Completer:
         Raises:
             UserError: there is no checkpoint, or it is no decoder-only model.
         """
-        run = Path(run)
+        run = run_path(run)
         experiment, tokenizer_json = load_meta(run)
         if not isinstance(experiment.model, GPTConfig):
             way = (

@@ -52,8 +52,9 @@ class ComputeConfig(Config):
     """What the backward pass recomputes: nothing, all but the matmuls, or whole layers."""
     layers: Literal["auto", "scan", "unrolled"] = "auto"
     """Scan over stacked layers (compile time flat in depth) or unroll them; auto unrolls on CPU up to 24 layers."""
-    attention: Literal["auto", "xla"] = "auto"
-    """Attention backend; a named one that cannot serve is an error."""
+    attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = "auto"
+    """Attention backend: plain; in blocks, with memory linear in context; the kernels for GPU and TPU. auto takes the
+    fastest that can serve; a named one that cannot is an error."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class MeshConfig(Config):
     """Shares of parameters and optimizer state (and of the batch)."""
     tensor: int = 1
     """Shares of heads, feed-forward width and vocabulary."""
+    context: int = 1
+    """Shares of the positions of a row, for long ones: keys and values travel around the devices (ring attention)."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ class ModelConfig(Config):
 
         Two a weight and position, and attention, halved where it is causal; no lookups, no norms, no recomputation.
         """
+
+    @property
+    def width_multiplier(self) -> float:
+        """Width over the width that rates were tuned at (muP, Yang 2022); 1 for a family that has no such setting."""
+        return 1.0
 
 
 @dataclass(frozen=True)
@@ -184,12 +192,26 @@ class TrainConfig(Config):
     save_every: int = 200
     keep: int = 3
     """Latest checkpoints kept, beside the best one by validation loss."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """When loss or gradient norm is not finite: stop, go on without that update, or go back and skip the data."""
+    on_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    """The same when the loss is far above those of the last steps."""
+    spike_window: int = 128
+    """Steps whose losses say what is usual; nothing is a spike before half of them are there."""
+    spike_deviations: float = 6.0
+    """A spike lies so many standard deviations (1.4826 x the median absolute deviation) above the median."""
+    max_rollbacks: int = 3
+    """Rollbacks of a run; the next one stops it."""
 
     def check(self) -> None:
         """Every rhythm is at least one step."""
         for name, value in vars(self).items():
-            if name != "seed" and value < 1:
+            if isinstance(value, int) and name not in ("seed", "max_rollbacks") and value < 1:
                 raise UserError(f"train.{name} must be at least 1, got {value}.")
+        if self.spike_window < 8:
+            raise UserError(f"train.spike_window must be at least 8 steps, got {self.spike_window}.")
+        if self.spike_deviations <= 0:
+            raise UserError(f"train.spike_deviations must be positive, got {self.spike_deviations}.")
 
 
 @dataclass(frozen=True)

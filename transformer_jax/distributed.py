@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 
@@ -16,13 +20,20 @@ from transformer_jax.logs import say
 PATIENCE = 30
 """Seconds between two lines that say what a process waits for."""
 
+SLACK = 60
+"""Seconds that JAX waits longer than we do."""
+
+LOST = 75
+"""Exit code where another process was lost: try again (EX_TEMPFAIL of sysexits.h)."""
+
 
 def initialize() -> None:
     """Join the job this process belongs to; alone, do nothing.
 
     On Cloud TPU, GKE and SLURM, JAX finds the others by itself. Elsewhere three variables name them: TJAX_COORDINATOR
     (host:port of process 0), TJAX_PROCESSES and TJAX_PROCESS (this one's number). TJAX_JOIN_TIMEOUT is the patience
-    in seconds, 300 unless given.
+    in seconds, 300 unless given; TJAX_LOST_TIMEOUT (100) the silence after which JAX takes another for dead, and
+    ends this one.
 
     Raises:
         UserError: the variables contradict each other, or the others do not come in time.
@@ -33,21 +44,46 @@ def initialize() -> None:
     if explicit is None and not _in_a_cluster():
         return
     timeout = int(os.environ.get("TJAX_JOIN_TIMEOUT", "300"))
-    whom = f"{explicit[1]} processes at {explicit[0]}" if explicit else "the other hosts of this job"
+    longer = timeout + SLACK  # we give up first: JAX ends the process with a stack trace of its own
+    silent = int(os.environ.get("TJAX_LOST_TIMEOUT", "100"))
     try:
-        with _patience(whom):
+        with _patience(explicit, timeout):
             if explicit is None:
-                jax.distributed.initialize(initialization_timeout=timeout)
+                jax.distributed.initialize(initialization_timeout=longer, heartbeat_timeout_seconds=silent)
             else:
                 if not _on_accelerator():
                     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-                jax.distributed.initialize(*explicit, initialization_timeout=timeout)
+                jax.distributed.initialize(*explicit, initialization_timeout=longer, heartbeat_timeout_seconds=silent)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"process {explicit[2] if explicit else '?'} could not join {whom} within {timeout} s ({reason}); "
-            "check that all were started, that the port is open, and TJAX_JOIN_TIMEOUT."
-        ) from error
+        raise UserError(f"{_who(explicit)} could not join {_whom(explicit)} ({reason}).") from error
+
+
+@contextmanager
+def together(newest: Callable[[], str]) -> Iterator[None]:
+    """End this process with one line where the block fails because another process of the job is gone.
+
+    Nothing that needs all of them, an orderly end included, can be done then. `newest` says from where a restart goes
+    on. Where nothing fails, but waits for the dead, JAX itself ends the process after TJAX_LOST_TIMEOUT.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in reason:
+            raise
+        say(
+            f"tjax: process {jax.process_index()} of {jax.process_count()} has lost the others ({reason[:200]}); "
+            f"{newest()}. Start all again with the same command: they continue there."
+        )
+        _end(LOST)
+
+
+def _end(code: int) -> NoReturn:
+    """End at once: JAX's own way out waits for the processes that are not there."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _explicit() -> tuple[str, int, int] | None:
@@ -84,16 +120,41 @@ def _on_accelerator() -> bool:
     return os.environ.get("JAX_PLATFORMS", "") != "cpu" and (_on_tpu_vm() or Path("/dev/nvidia0").exists())
 
 
+def _who(explicit: tuple[str, int, int] | None) -> str:
+    return f"process {explicit[2]} of {explicit[1]}" if explicit else "this process"
+
+
+def _whom(explicit: tuple[str, int, int] | None) -> str:
+    """Say for whom a process waits, as far as it can know."""
+    if explicit is None:
+        return "the other hosts of this job"
+    address, count, number = explicit
+    if number == 0:
+        return f"process{'es' if count > 2 else ''} {', '.join(map(str, range(1, count)))} to come to {address}"
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        return f"process 0, which does not answer at {address} ({error.strerror or error})"
+    return f"the others; process 0 answers at {address}"
+
+
 @contextmanager
-def _patience(whom: str) -> Iterator[None]:
-    """Say every while whom this process waits for."""
-    done = threading.Event()
+def _patience(explicit: tuple[str, int, int] | None, timeout: int) -> Iterator[None]:
+    """Say every while for whom this process waits, and end it with one line when that takes too long."""
+    done, began = threading.Event(), time.monotonic()
 
     def remind() -> None:
-        waited = PATIENCE
-        while not done.wait(PATIENCE):
-            say(f"waiting for {whom} ({waited} s)")
-            waited += PATIENCE
+        while not done.wait(min(PATIENCE, max(began + timeout - time.monotonic(), 0))):
+            waited = round(time.monotonic() - began)
+            if waited < timeout:
+                say(f"{_who(explicit)} has waited {waited} s for {_whom(explicit)}")
+                continue
+            say(
+                f"tjax: {_who(explicit)} gave up after {timeout} s of waiting for {_whom(explicit)}; see that all are "
+                "started, that the port is open between the hosts, or give them longer (TJAX_JOIN_TIMEOUT)."
+            )
+            _end(2)
 
     thread = threading.Thread(target=remind, daemon=True)
     thread.start()

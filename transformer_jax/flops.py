@@ -72,11 +72,14 @@ def count(model: ModelConfig, shapes: Shapes) -> Flops:
 
 
 def tokens_of(shapes: Shapes) -> int:
-    """Count the positions that a batch trains on: of "tokens" [B, T], or those that "target" [B, T + 1] predicts."""
+    """Count the positions that a batch trains on: of "tokens" [B, T], or those that "target" [B, T + 1] predicts.
+
+    Of P points, each an input and a value, "segments" [B, P].
+    """
     if "target" in shapes:
         rows, length = shapes["target"]
         return rows * (length - 1)
-    return math.prod(shapes["tokens"])
+    return math.prod(shapes["tokens"]) if "tokens" in shapes else 2 * math.prod(shapes["segments"])
 
 
 def _palm(model: ModelConfig, skeleton: Skeleton, tokens: int, shapes: Shapes) -> int | None:

@@ -16,11 +16,15 @@ import numpy as np
 from transformer_jax.checkpoint import load_meta, load_params
 from transformer_jax.config import DataConfig, Experiment, MeshConfig, flatten
 from transformer_jax.data.baselines import baselines
+from transformer_jax.data.function_baselines import function_baselines
 from transformer_jax.data.labelled import LabelledText
 from transformer_jax.data.labelled_data import LabelledData
+from transformer_jax.data.linear_functions import FunctionData
 from transformer_jax.data.loader import OpenData
 from transformer_jax.data.masked import MaskedData
+from transformer_jax.data.packed import PackedData
 from transformer_jax.data.span_data import SpanData
+from transformer_jax.data.text_baselines import text_baselines
 from transformer_jax.errors import UserError
 from transformer_jax.logs import say
 from transformer_jax.objectives import means
@@ -46,7 +50,9 @@ def held_out(run: Path, test: str = "") -> dict[str, Any]:
     config = _with_test(experiment, test)
     data = config.open(experiment.model.vocab_size, tokenizer_json)
     say(data.describe())
-    trainer = Trainer.of(replace(experiment, mesh=MeshConfig(), init=replace(experiment.init, run="")))
+    # What it was trained with and started from may not be here: kernels, devices, another run.
+    here = replace(experiment.compute, attention="auto")
+    trainer = Trainer.of(replace(experiment, mesh=MeshConfig(), compute=here, init=replace(experiment.init, run="")))
     params, steps = load_params(run, trainer.skeleton, trainer.mesh)
     eval_step = trainer.eval_step()
     parts = [eval_step(params, trainer.put(batch)) for batch in data.test_batches()]
@@ -59,12 +65,16 @@ def held_out(run: Path, test: str = "") -> dict[str, Any]:
     elif isinstance(data, SpanData):
         scores |= _named(_span_scores(run, data))
     elif isinstance(data, MaskedData):
-        floors = {name: {"mlm_accuracy": {"value": value, "interval": None}} for name, value in baselines(data).items()}
+        floors = {name: _named({"mlm_accuracy": value}) for name, value in baselines(data).items()}
+    elif isinstance(data, PackedData):
+        floors = {name: _named(values) for name, values in text_baselines(data).items()}
+    elif isinstance(data, FunctionData):
+        floors = {name: _named(values) for name, values in function_baselines(data).items()}
     return {
         "run": str(run),
         "experiment": experiment.name,
         "checkpoints": steps,
-        "test": test or f"{dict(flatten(config)).get('dataset')} (test)",
+        "test": test or f"{dict(flatten(config)).get('dataset', type(config).__name__)} (test)",
         "scores": scores,
         "floors": floors,
         "data": data.summary(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from transformer_jax.storage import is_remote, upload
+
+BETWEEN_UPLOADS = 30.0
+"""Seconds after which the metrics of a run in a bucket are brought there again."""
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """Everything meant for people goes to standard error; standard output carries results."""
@@ -28,17 +34,22 @@ class MetricsLog:
     """Metrics by step, in `metrics.jsonl` and as TensorBoard events.
 
     Opened at a step, it forgets what an interrupted run wrote after that step, so that the file of a killed and
-    resumed run reads like that of an uninterrupted one.
+    resumed run reads like that of an uninterrupted one. A bucket cannot append: there both are written on this
+    machine, and uploaded whole every `BETWEEN_UPLOADS` seconds, at every checkpoint and at the end.
     """
 
     def __init__(self, run: Path, step: int) -> None:
-        path = run / "metrics.jsonl"
+        self._run = run
+        self._scratch = tempfile.TemporaryDirectory() if is_remote(run) else None
+        self._folder = Path(self._scratch.name) if self._scratch else run
+        self._uploaded = time.monotonic()
+        path = self._folder / "metrics.jsonl"
         kept = [record for record in read_metrics(run) if record["step"] <= step]
         temporary = path.with_suffix(".jsonl.tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1, flush_secs=10)
+        self._events = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """Append one record."""
@@ -46,11 +57,23 @@ class MetricsLog:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
+        if time.monotonic() - self._uploaded > BETWEEN_UPLOADS:
+            self.upload()
+
+    def upload(self) -> None:
+        """Bring both files to the bucket, if the run is in one."""
+        if self._scratch:
+            self._events.flush()
+            upload(self._folder, self._run)
+            self._uploaded = time.monotonic()
 
     def close(self) -> None:
         """Flush both files."""
         self._file.close()
         self._events.close()
+        self.upload()
+        if self._scratch:
+            self._scratch.cleanup()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

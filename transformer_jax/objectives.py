@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from transformer_jax.config import ObjectiveConfig
 from transformer_jax.errors import UserError
+from transformer_jax.sharding import CONTEXT, mesh_at_hand
 
 Batch = dict[str, jax.Array]
 
@@ -137,9 +138,16 @@ class CausalLM(ObjectiveConfig):
             return sums(x_BTD, targets_BT)
         pieces = -(-length // self.chunk)
         spare = pieces * self.chunk - length
+        context = mesh_at_hand().shape.get(CONTEXT, 1)
+        if context > 1 and (self.chunk % context or spare):
+            raise UserError(
+                f"objective.chunk={self.chunk} must be a multiple of mesh.context={context} and divide the {length} "
+                "positions of a row."
+            )
         x_BTD = jnp.pad(x_BTD, ((0, 0), (0, spare), (0, 0)))
         targets_BT = jnp.pad(targets_BT, ((0, 0), (0, spare)), constant_values=-1)
-        cut = [x.reshape(len(x), pieces, self.chunk, *x.shape[2:]).swapaxes(0, 1) for x in (x_BTD, targets_BT)]
+        # Position t goes to piece t mod pieces: where positions are divided, every device keeps those it holds.
+        cut = [jnp.moveaxis(x.reshape(len(x), self.chunk, pieces, *x.shape[2:]), 2, 0) for x in (x_BTD, targets_BT)]
 
         def add(total: dict[str, jax.Array], piece: Any) -> tuple[dict[str, jax.Array], None]:
             return jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*piece)), None
@@ -262,3 +270,32 @@ class SpanExtraction(ObjectiveConfig):
         nll = (sides[0]["nll"] + sides[1]["nll"]) / 2
         hits = (logits_BTZ.argmax(1) == jnp.stack([batch["start"], batch["end"]], axis=-1)).all(-1)
         return {"questions": {"loss": nll, "nll": nll, "accuracy": hits.astype(jnp.float32).sum()}}
+
+
+@dataclass(frozen=True)
+class InContextRegression(ObjectiveConfig):
+    """Predict each value of a function from its input and the examples before it (Garg 2022, equation 2).
+
+    The batch holds "inputs" [B, P, Z], "values" [B, P] and "segments" [B, P] (0: padding). "nll" is the squared error;
+    "error_after_k" is that after k examples, divided by the error of answering 0.
+    """
+
+    def weights(self, batch: Batch) -> Weights:
+        """Count values and the positions they take, and sum the squared values after k examples, for each k."""
+        real_BP = (batch["segments"] != 0).astype(jnp.float32)
+        power_P = (jnp.square(batch["values"]) * real_BP).sum(0)
+        weights = {"values": real_BP.sum(), "tokens": 2 * real_BP.sum()}
+        return weights | {f"power_{k}": power for k, power in _by_number(power_P)}
+
+    def __call__(self, model: Any, batch: Batch, key: jax.Array | None) -> Sums:
+        """Sum squared errors over values."""
+        real_BP = (batch["segments"] != 0).astype(jnp.float32)
+        predicted_BP = model.predict(batch["inputs"], batch["values"], batch["segments"], key=key)
+        error_P = (jnp.square(predicted_BP - batch["values"]) * real_BP).sum(0)
+        sums: Sums = {"values": {"loss": error_P.sum(), "nll": error_P.sum()}}
+        return sums | {f"power_{k}": {f"error_after_{k}": error} for k, error in _by_number(error_P)}
+
+
+def _by_number(x_P: jax.Array) -> list[tuple[str, jax.Array]]:
+    """Pair the elements with their numbers, written so that names with them sort: 00, 01, ... 40."""
+    return [(str(k).zfill(len(str(len(x_P) - 1))), x_P[k]) for k in range(len(x_P))]

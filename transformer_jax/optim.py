@@ -7,6 +7,7 @@ import optax
 from optax import contrib
 
 from transformer_jax.config import OptimConfig, ScheduleConfig
+from transformer_jax.errors import UserError
 from transformer_jax.nn.module import Params
 
 
@@ -35,9 +36,24 @@ def schedule(config: ScheduleConfig) -> optax.Schedule:
             return warm(optax.constant_schedule(peak))
 
 
-def optimizer(config: OptimConfig, letters: Params) -> optax.GradientTransformation:
-    """Clip, scale, decay (decoupled: Loshchilov and Hutter 2019), schedule; in that order."""
-    decays = jax.tree.map(lambda names: len(names.removeprefix("L")) > 1, letters)  # no vectors, stacked or not
+def optimizer(config: OptimConfig, letters: Params, width_multiplier: float = 1.0) -> optax.GradientTransformation:
+    """Clip, scale, decay (decoupled: Loshchilov and Hutter 2019), schedule; in that order.
+
+    Args:
+        config: of the chain.
+        letters: tree of the parameters' layouts.
+        width_multiplier: of muP: Adam's updates of matrices that read the width are divided by it (Yang 2022, table 3).
+            The decay is not, so that rate x decay stays the same.
+
+    Raises:
+        UserError: muP with an optimizer that is not Adam.
+    """
+    if width_multiplier != 1.0 and config.kind != "adam":
+        raise UserError(f"model.base_width: the rates of muP are known for optim.kind=adam, not for {config.kind}.")
+    # No vectors, stacked or not, and no biases, which those of attention heads are matrices of in shape only.
+    decays = jax.tree_util.tree_map_with_path(
+        lambda path, names: path[-1].key != "bias" and len(names.removeprefix("L")) > 1, letters
+    )
     rate = schedule(config.schedule)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     decay = [optax.add_decayed_weights(config.weight_decay, mask=decays)] if config.weight_decay else []
@@ -45,7 +61,8 @@ def optimizer(config: OptimConfig, letters: Params) -> optax.GradientTransformat
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     match config.kind:
         case "adam":
-            return optax.chain(*clip, adam, *decay, step)
+            mup = [] if width_multiplier == 1.0 else [_divided(width_multiplier, letters)]
+            return optax.chain(*clip, adam, *mup, *decay, step)
         case "lamb":
             return optax.chain(*clip, adam, *decay, _by_layer(optax.scale_by_trust_ratio(), letters), step)
         case "adafactor":
@@ -69,6 +86,20 @@ def optimizer(config: OptimConfig, letters: Params) -> optax.GradientTransformat
 
 _MATRICES = {"DNH": 1, "DKH": 1, "NHD": 2, "DF": 1, "FD": 1}
 """Layouts of the hidden matrices, with the number of axes that are contracted; the others are what comes out."""
+
+
+_HEADS = ("DZ",)
+"""Layouts of matrices that read the width and write something of fixed size; tables ("VD") are scaled as inputs."""
+
+
+def _divided(width_multiplier: float, letters: Params) -> optax.GradientTransformation:
+    """Divide the updates of the matrices that read the width."""
+
+    def one(names: str, update: jax.Array) -> jax.Array:
+        reads_width = names.removeprefix("L") in (*_MATRICES, *_HEADS)
+        return update / width_multiplier if reads_width else update
+
+    return optax.stateless(lambda updates, _: jax.tree.map(one, letters, updates))
 
 
 def _matrix(names: str) -> contrib.MuonDimensionNumbers | None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -24,6 +25,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import ScalarFormatter
 
 from transformer_jax.errors import UserError
+from transformer_jax.storage import written_here
 
 DPI = 150
 LARGEST_SIDE = 20_000
@@ -71,7 +73,7 @@ def loss_curve(
     axes.grid(color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Curve:
     name: str
     x: Sequence[float]
     ys: Sequence[Sequence[float]]
+    dashed: bool = False
+    """Thin, and without an entry of its own in the legend: what belongs to the solid line of that name."""
 
 
 def curves(lines: Sequence[Curve], path: Path, x_label: str, y_label: str, *, log: bool = False) -> None:
@@ -95,21 +99,65 @@ def curves(lines: Sequence[Curve], path: Path, x_label: str, y_label: str, *, lo
     """
     figure = _figure(7.0, 4.0)
     axes = figure.add_subplot()
-    for line, color in zip(lines, itertools.cycle(_COLORS), strict=False):
-        ys = np.asarray(line.ys, dtype=float)
-        axes.plot(line.x, ys.mean(0), color=color, linewidth=2.0, marker="o", markersize=3.5, label=line.name)
-        axes.fill_between(line.x, ys.min(0), ys.max(0), color=color, alpha=0.15, linewidth=0)
+    _draw_lines(axes, lines)
     if log:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def panels(
+    lines: Mapping[str, Sequence[Curve]],
+    path: Path,
+    x_label: str,
+    *,
+    across: int = 3,
+    size: tuple[float, float] = (4.2, 3.0),
+    focus: bool = False,
+) -> None:
+    """Draw several quantities side by side, each as `curves` does; a name has one colour in all of them.
+
+    Args:
+        lines: what to draw, by quantity.
+        path: PNG to write.
+        x_label: meaning and unit of x.
+        across: panels in a row, at most.
+        size: of a panel, in inches.
+        focus: end the y axis at twice the highest point of the first line, however high the others go.
+    """
+    across = min(across, len(lines))
+    down = math.ceil(len(lines) / across)
+    figure = _figure(size[0] * across, size[1] * down + 0.4)
+    grid = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes, (name, drawn) in zip(grid, lines.items(), strict=False):
+        _draw_lines(axes, drawn)
+        axes.set_title(name, fontsize=10, color=_INK)
+        axes.set_xlabel(x_label)
+        if focus:
+            axes.set_ylim(top=min(axes.get_ylim()[1], 2 * float(np.max(drawn[0].ys))))
+    for axes in grid[len(lines) :]:
+        axes.set_visible(False)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4), frameon=False)
+    _save(figure, path)
+
+
+def _draw_lines(axes: Axes, lines: Sequence[Curve]) -> None:
+    colors = dict(zip(dict.fromkeys(line.name for line in lines), itertools.cycle(_COLORS), strict=False))
+    for line in lines:
+        ys, color = np.asarray(line.ys, dtype=float), colors[line.name]
+        if line.dashed:
+            axes.plot(line.x, ys.mean(0), color=color, linewidth=1.0, linestyle="--")
+        else:
+            axes.plot(line.x, ys.mean(0), color=color, linewidth=2.0, marker="o", markersize=3.5, label=line.name)
+        axes.fill_between(line.x, ys.min(0), ys.max(0), color=color, alpha=0.15, linewidth=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e4e4")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False)
-    figure.savefig(path)
 
 
 def attention_grid(
@@ -179,13 +227,18 @@ def attention_grid(
         title = textwrap.fill(title, max(40, int(9 * figure.get_figwidth())))  # about 9 characters an inch
         figure.suptitle(title, fontproperties=font, fontsize=11, color=_INK, parse_math=False)
     dpi = min(DPI, LARGEST_SIDE / max(figure.get_size_inches()))
-    figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.12)
+    _save(figure, path, dpi=dpi, bbox_inches="tight", pad_inches=0.12)
 
 
 def _figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def _save(figure: Figure, path: Path, **options: Any) -> None:
+    with written_here(path) as file:
+        figure.savefig(file, **options)
 
 
 def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

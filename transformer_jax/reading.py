@@ -26,6 +26,7 @@ from transformer_jax.models.bert import BertConfig
 from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.nn.module import Params, Skeleton
 from transformer_jax.sharding import batch_sharding, batch_shards, make_mesh
+from transformer_jax.storage import run_path
 
 Pooling = Literal["mean", "cls"]
 
@@ -67,11 +68,11 @@ class Reader:
         Raises:
             UserError: the folder holds no readable checkpoint, or a model that does not read (a translator).
         """
-        run = Path(run)
+        run = run_path(run)
         experiment, tokenizer_json = load_meta(run)
         if not isinstance(experiment.model, BertConfig | GPTConfig):
             raise UserError(f"{run} holds a {type(experiment.model).__name__}, which writes; use `tjax translate`.")
-        skeleton = Skeleton.of(experiment.model, replace(experiment.compute, remat="none"))
+        skeleton = Skeleton.of(experiment.model, replace(experiment.compute, attention="xla", remat="none"))
         mesh = make_mesh(MeshConfig())
         params, _ = load_params(run, skeleton, mesh)
         tokenizer = Tokenizer.from_json(tokenizer_json, where=f"the tokenizer of {run}")

@@ -13,15 +13,19 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from transformer_jax.config import MeshConfig
 from transformer_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
+"""From the slowest network to the fastest: tensor exchanges most often."""
 
 BATCH_AXES = ("data", "fsdp")
 """Mesh axes that divide the rows of a batch."""
+
+CONTEXT = "context"
+"""Mesh axis that divides the positions of a row."""
 
 PARAMETER_AXES: dict[str, str | None] = {
     "V": "tensor",
@@ -44,13 +48,14 @@ ACTIVATION_AXES: dict[str, str | tuple[str, ...] | None] = {
     "D": None,
     "H": None,
     "Z": None,
-    "T": None,
-    "S": None,
+    "T": CONTEXT,
+    "S": CONTEXT,
+    "1": None,
 }
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arrange the devices (all, unless given) as data x fsdp x tensor.
+    """Arrange the devices (all, unless given) as data x fsdp x context x tensor.
 
     Raises:
         UserError: the product of the axes is not the number of devices.
@@ -108,9 +113,27 @@ def parameter_shardings(abstract: Any, letters: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(one, abstract, letters)
 
 
-def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """Lay an activation out by its letters on the mesh set with `jax.set_mesh`; without a mesh, do nothing."""
+def mesh_at_hand() -> AbstractMesh:
+    """Return the mesh set with `jax.set_mesh` if it is one of ours, else one without axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(BATCH_AXES) <= set(mesh.axis_names):
+    return mesh if set(AXES) <= set(mesh.axis_names) else AbstractMesh((), ())
+
+
+def spec(letters: str) -> PartitionSpec:
+    """Return how an activation is divided; "1" stands for a dimension of size 1."""
+    return PartitionSpec(*(ACTIVATION_AXES[letter] for letter in letters))
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+    """Lay an activation out by its letters on the mesh set with `jax.set_mesh`; without a mesh, do nothing.
+
+    Positions that `context` does not divide stay together (one at a time in decoding, the gaps of BERT).
+    """
+    mesh = mesh_at_hand()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(ACTIVATION_AXES[letter] for letter in letters)))
+    together = [
+        axis == CONTEXT and n % mesh.shape[CONTEXT] != 0 for axis, n in zip(spec(letters), x.shape, strict=True)
+    ]
+    axes = (None if t else axis for t, axis in zip(together, spec(letters), strict=True))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,12 @@ from jax.tree_util import DictKey
 
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
-from transformer_jax.kernels.attention import chosen
+from transformer_jax.kernels.attention import Backend, Demand, chosen
+from transformer_jax.nn.block import BlockConfig
 from transformer_jax.nn.module import Params, Skeleton, parameter_count
 from transformer_jax.objectives import Sums, Weights, means
 from transformer_jax.optim import optimizer, schedule
-from transformer_jax.sharding import batch_sharding, batch_shards, make_mesh, parameter_shardings, replicated
+from transformer_jax.sharding import CONTEXT, batch_sharding, batch_shards, make_mesh, parameter_shardings, replicated
 
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -40,6 +41,19 @@ class TrainState:
     """Raw data of the run's random key; step n uses `fold_in(key, n)`."""
 
 
+class Guard(NamedTuple):
+    """What keeps a bad step out of the state, beside a loss or gradient that is not finite."""
+
+    limit: Any = float("inf")
+    """Highest loss whose update is applied."""
+    applied: Any = True
+    """Whether the step before was. If not, this one is not either: the host, a step behind, has yet to see why."""
+
+
+FINITE = Guard()
+"""Refuses only what is not finite."""
+
+
 @dataclass(frozen=True)
 class Trainer:
     """An experiment on a mesh: the abstract state with its layout, and the compiled steps."""
@@ -54,7 +68,8 @@ class Trainer:
         """Check everything that can be checked before compiling or allocating; raises `UserError`."""
         experiment.check()
         mesh = make_mesh(experiment.mesh, devices)
-        skeleton = Skeleton.of(experiment.model, experiment.compute)
+        compute = replace(experiment.compute, attention=_attention(experiment, mesh))
+        skeleton = Skeleton.of(experiment.model, compute)
         parameter_shardings(skeleton.abstract, skeleton.letters, mesh)
         parts = batch_shards(mesh) * experiment.train.accumulate
         if experiment.data.rows_multiple % parts:
@@ -63,7 +78,21 @@ class Trainer:
                 f"{batch_shards(mesh)} batch shard(s) x train.accumulate={experiment.train.accumulate} do not divide; "
                 f"set --data.rows-multiple {parts}."
             )
-        return Trainer(experiment, skeleton, optimizer(experiment.optim, skeleton.letters), mesh)
+        tx = optimizer(experiment.optim, skeleton.letters, experiment.model.width_multiplier)
+        trainer = Trainer(experiment, skeleton, tx, mesh)
+        if mesh.shape[CONTEXT] > 1:
+            trainer.check_positions()
+        return trainer
+
+    def check_positions(self) -> None:
+        """Raise `UserError` if the mesh does not divide the positions of the largest batch, by tracing its loss."""
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype)
+            for name, (shape, dtype) in self.experiment.data.batch_shapes().items()
+            if name != "example"
+        }
+        with jax.set_mesh(self.mesh):
+            jax.eval_shape(self._objective, self.skeleton.abstract, batch)
 
     def describe(self) -> str:
         """Say in one line what runs where."""
@@ -71,10 +100,12 @@ class Trainer:
         scanned = any(names.startswith("L") for names in jax.tree.leaves(self.skeleton.letters))
         layers = "scanned" if scanned else "unrolled"
         axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        context = self.mesh.shape[CONTEXT]
+        around = f" around {context} devices" if context > 1 else ""
         return (
             f"{self.experiment.name}: {parameter_count(self.skeleton.abstract):,} parameters on "
             f"{self.mesh.size} x {device.device_kind} ({axes}), {compute.dtype}, {layers} layers, "
-            f"attention by {chosen(compute.attention)}, remat {compute.remat}"
+            f"attention by {compute.attention}{around}, remat {compute.remat}"
         )
 
     def init(self) -> TrainState:
@@ -121,9 +152,10 @@ class Trainer:
         }
 
     def train_step(self) -> Any:
-        """Return the jitted (state, batch) -> (state, metrics); the old state's memory is reused."""
-        step = partial(train_step, self)
-        return self._under_mesh(jax.jit(step, out_shardings=(self.shardings(), None), donate_argnums=0))
+        """Return the jitted (state, batch, guard) -> (state, metrics); the old state's memory is reused."""
+        # Metrics lie on every device, as "applied" does when it comes back in the next guard: one compilation.
+        layout = (self.shardings(), replicated(self.mesh))
+        return self._under_mesh(jax.jit(partial(train_step, self), out_shardings=layout, donate_argnums=0))
 
     def lower_train_step(self, shapes: BatchShapes) -> jax.stages.Lowered:
         """Lower the training step for a batch of these shapes, without arrays and without devices that are there."""
@@ -144,12 +176,11 @@ class Trainer:
 
     def eval_step(self) -> Any:
         """Return the jitted (params, batch) -> (sums, weights), deterministic."""
+        return self._under_mesh(jax.jit(self._objective))
 
-        def step(params: Params, batch: Batch) -> tuple[Sums, Weights]:
-            objective = self.experiment.objective
-            return objective(self.skeleton.bind(params), batch, None), objective.weights(batch)
-
-        return self._under_mesh(jax.jit(step))
+    def _objective(self, params: Params, batch: Batch) -> tuple[Sums, Weights]:
+        objective = self.experiment.objective
+        return objective(self.skeleton.bind(params), batch, None), objective.weights(batch)
 
     def pmap_train_step(self) -> Any:
         """Return the data-parallel step by `jax.pmap`, for comparison: everything leads with a device axis."""
@@ -164,12 +195,43 @@ class Trainer:
 
 
 def train_step(
-    trainer: Trainer, state: TrainState, batch: Batch, *, axis_name: str | None = None
+    trainer: Trainer, state: TrainState, batch: Batch, guard: Guard = FINITE, *, axis_name: str | None = None
 ) -> tuple[TrainState, Metrics]:
     """One update from one batch. With `axis_name` (pmap), sums of gradients and losses are added over that axis.
 
-    Metrics: the means of the objective, its "tokens", the global gradient norm before clipping, the learning rate.
+    The step is counted, but leaves parameters and optimizer as they were where loss or gradient norm is not finite or
+    the guard forbids it: such an update does not count in the schedule either.
+
+    Metrics: the means of the objective, its "tokens", the global gradient norm before clipping, the learning rate, and
+    whether the update was "applied".
     """
+    grads, sums, weights = gradients(trainer, state, batch, axis_name=axis_name)
+    updates, opt_state = trainer.tx.update(grads, state.opt_state, state.params)
+    metrics = means(sums, weights) | {
+        "tokens": weights["tokens"],
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": schedule(trainer.experiment.optim.schedule)(_updates(state.opt_state)),
+    }
+    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]) & (metrics["loss"] <= guard.limit)
+    applied = sound & guard.applied
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(applied, new, old),
+        (optax.apply_updates(state.params, updates), opt_state),
+        (state.params, state.opt_state),
+    )
+    new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, key=state.key)
+    return new, metrics | {"applied": applied}
+
+
+def _updates(opt_state: optax.OptState) -> jax.Array:
+    """Count the updates applied so far; every counter of the optimizer says the same."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
+
+
+def gradients(
+    trainer: Trainer, state: TrainState, batch: Batch, *, axis_name: str | None = None
+) -> tuple[Params, Sums, Weights]:
+    """Gradients of the loss at a state, the objective's sums, and what these are divided by."""
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     weights = trainer.experiment.objective.weights(batch)
     if axis_name is not None:
@@ -178,19 +240,7 @@ def train_step(
     grads, sums = _accumulated(trainer, state.params, batch, weights, key)
     if axis_name is not None:
         grads, sums = jax.lax.psum((grads, sums), axis_name)
-    updates, opt_state = trainer.tx.update(grads, state.opt_state, state.params)
-    new = TrainState(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        opt_state=opt_state,
-        key=state.key,
-    )
-    metrics = means(sums, weights) | {
-        "tokens": weights["tokens"],
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": schedule(trainer.experiment.optim.schedule)(state.step),
-    }
-    return new, metrics
+    return grads, sums, weights
 
 
 def _accumulated(
@@ -217,3 +267,19 @@ def _accumulated(
     first = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), keys[0])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
     return jax.lax.scan(add, zeros, (micro, keys))[0]
+
+
+def _attention(experiment: Experiment, mesh: Mesh) -> Backend:
+    """Choose the attention backend; raises `UserError` if the one asked for cannot serve."""
+    block, context = getattr(experiment.model, "block", None), mesh.shape[CONTEXT]
+    if not isinstance(block, BlockConfig):
+        if context > 1:
+            raise UserError(
+                f"mesh.context={context} divides the positions of a row, which a recurrent model reads one after the "
+                "other; set --mesh.context 1."
+            )
+        return "xla"
+    platform, dtype = mesh.devices.flat[0].platform, experiment.compute.dtype
+    length = max(shape[1] for shape, _ in experiment.data.batch_shapes().values() if len(shape) > 1)
+    demand = Demand(platform, dtype, block.size, block.attention_dropout, length, context)
+    return chosen(experiment.compute.attention, demand)

@@ -20,6 +20,7 @@ from transformer_jax.errors import UserError
 from transformer_jax.generate import beam_search, greedy
 from transformer_jax.nn.module import Params, Skeleton
 from transformer_jax.sharding import batch_sharding, batch_shards, make_mesh
+from transformer_jax.storage import run_path
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Translator:
         Raises:
             UserError: the folder holds no readable checkpoint, or too few.
         """
-        run = Path(run)
+        run = run_path(run)
         experiment, tokenizer_json = load_meta(run)
         # Decoding keeps one cache per layer, and pictures need the attention weights: unrolled, plain attention.
         compute = replace(experiment.compute, layers="unrolled", attention="xla", remat="none")

@@ -16,6 +16,7 @@ import numpy as np
 from transformer_jax.attention_page import AttentionMap, Choice, Heads, attention_page
 from transformer_jax.checkpoint import load_meta
 from transformer_jax.config import DecodeConfig, Experiment, flatten
+from transformer_jax.curves import draw_numbered
 from transformer_jax.data.translation import ParallelText
 from transformer_jax.errors import UserError
 from transformer_jax.evaluate import Scored, parallel_text, read_test, score
@@ -26,6 +27,7 @@ from transformer_jax.nn.module import Skeleton, parameter_count
 from transformer_jax.plots import attention_grid, loss_curve
 from transformer_jax.provenance import provenance
 from transformer_jax.recipes import plans, recipes
+from transformer_jax.storage import run_path
 from transformer_jax.translate import Translation, Translator
 
 SAMPLES = 10
@@ -75,7 +77,7 @@ def train(experiment: Experiment, run: str | Path | None = None) -> Outcome:
     Raises:
         UserError: bad settings or data, a folder that holds another experiment, NaN, or a full disk.
     """
-    run = Path(run or Path("runs") / experiment.name)
+    run = run_path(run or Path("runs") / experiment.name)
     outcome, data = run_training(experiment, run)
     if jax.process_index() == 0 and outcome.step > outcome.started_at:
         _record(outcome, data.summary())
@@ -111,8 +113,9 @@ class Evaluation:
 def evaluate(run: str | Path, test: str = "", decode: DecodeConfig | None = None) -> Evaluation:
     """Score a run on its held-out test split, or on another test set, beside floors that need no training of ours.
 
-    Writes evaluation.json and, for a translator, translations.tsv (source, reference, translation) and for its own
-    test split attention.png into the run folder; another test set gets files of its own name.
+    Writes evaluation.json, a picture of what is scored by number (errors after k examples), and, for a translator,
+    translations.tsv (source, reference, translation) and for its own test split attention.png into the run folder;
+    another test set gets files of its own name.
 
     Args:
         run: the run folder.
@@ -122,14 +125,16 @@ def evaluate(run: str | Path, test: str = "", decode: DecodeConfig | None = None
     Raises:
         UserError: no readable checkpoint, or absent or malformed data.
     """
-    run = Path(run)
+    run = run_path(run)
     experiment, tokenizer_json = load_meta(run)
     suffix = f"-{Path(test).name}" if test else ""
     if not isinstance(experiment.data, ParallelText):
         report = held_out(run, test)
         path = run / f"evaluation{suffix}.json"
         _write_json(path, report)
-        return Evaluation(run, report, [path])
+        beside = {"model": report["scores"], **report["floors"]}
+        drawn = draw_numbered({name: [scores] for name, scores in beside.items()}, path.with_suffix(".png"))
+        return Evaluation(run, report, [path, *drawn])
     decode = decode or experiment.decode
     own = parallel_text(experiment)
     pairs = read_test(own, test) if test else None
@@ -169,7 +174,7 @@ def translate(
     Raises:
         UserError: the folder holds no readable checkpoint.
     """
-    translator = Translator.open(Path(run), decode.average if decode else None)
+    translator = Translator.open(run_path(run), decode.average if decode else None)
     return translator.translate([sentences] if isinstance(sentences, str) else sentences, decode)
 
 
@@ -228,8 +233,8 @@ def attention(
     Raises:
         UserError: nothing to read, a choice that the model does not have, or no readable checkpoint.
     """
-    run = Path(run)
-    out = Path(out or run / "attention")
+    run = run_path(run)
+    out = run_path(out or run / "attention")
     if not source.strip():
         raise UserError("there is nothing to look at: the sentence is empty.")
     if out.suffix in (".png", ".html") or (out.exists() and not out.is_dir()):

@@ -18,6 +18,7 @@ from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.nn.module import Skeleton, parameter_count
 from transformer_jax.nn.stack import stack_layers, unstack_layers
 from transformer_jax.objectives import CausalLM, means
+from transformer_jax.recipes import find_recipe
 from transformer_jax.train import Trainer
 
 B, T, V = 5, 13, 38
@@ -335,3 +336,15 @@ def test_labels_are_read_at_the_last_real_token(tokens):
 def test_sizes_that_do_not_fit(change, message):
     with pytest.raises(UserError, match=message):
         replace(GPT2, **change).check()
+
+
+def test_a_ramp_too_fine_for_a_mesh_says_which_is_not():
+    """GPT-3's begins with 16 rows; for 64 shards the message holds a ramp of as many tokens."""
+    data = find_recipe("gpt3_125m").data
+    with pytest.raises(UserError, match=r"data\.ramp = 16 is no multiple of data\.rows_multiple = 64") as raised:
+        replace(data, rows_multiple=64).check()
+    flags = str(raised.value).rpartition("--data.ramp ")[2].split()
+    ramp = tuple(zip(map(int, flags[::2]), map(int, flags[1::2]), strict=True))
+    replace(data, rows_multiple=64, ramp=ramp).check()
+    rows, wanted = (sum(size * steps for size, steps in stages) for stages in (ramp, data.ramp))
+    assert rows == pytest.approx(wanted, rel=1e-4)

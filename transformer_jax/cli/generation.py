@@ -6,7 +6,6 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -20,6 +19,7 @@ from transformer_jax.fewshot import Outcome, chance, evaluate
 from transformer_jax.generation import Completion, Generation, Speed
 from transformer_jax.logs import print_json, say
 from transformer_jax.provenance import provenance
+from transformer_jax.storage import run_path
 from transformer_jax.task_file import Task, read_task
 
 
@@ -128,7 +128,7 @@ def _prompt(run: str, options: PromptOptions) -> int:
     if not options.task:
         raise UserError("tjax prompt needs a task after the run: tjax prompt RUN TASK.")
     task = read_task(options.task)
-    file = Path(options.out or Path(run) / "prompt" / f"{task.name}.json")
+    file = run_path(options.out or run_path(run) / "prompt" / f"{task.name}.json")
     completer = Completer.open(run, options.average, options.mesh)
     outcomes = list(evaluate(completer, task, options.shots, options.seed, options.limit))
     report = _report(run, task, options, outcomes)

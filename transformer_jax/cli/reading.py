@@ -18,6 +18,7 @@ from transformer_jax.errors import UserError
 from transformer_jax.logs import print_json, say
 from transformer_jax.models.bert import BertConfig
 from transformer_jax.reading import Pooling, Reader
+from transformer_jax.storage import run_path
 from transformer_jax.translate import Translator
 
 
@@ -93,7 +94,8 @@ class SummarizeOptions:
 
 
 def _fill(target: str, options: FillOptions) -> int:
-    run, text = (Path(target), options.text) if Path(target).is_dir() else (_newest_bert(), target)
+    run = run_path(target)
+    run, text = (run, options.text) if run.is_dir() else (_newest_bert(), target)
     texts = [text] if text else list(lines_of(options.file))
     filled = Reader.open(run).fill(texts, options.best)
     if options.json:

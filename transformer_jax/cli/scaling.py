@@ -1,4 +1,4 @@
-"""fit, next: from a table of runs to a law, and to the next run."""
+"""fit, next: from a table of runs to a law, and to the next run; and the verbs of sweeping.py, which make the table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from transformer_jax.cli import sweeping
 from transformer_jax.cli.verb import Verb, out
 from transformer_jax.logs import print_json, say
 from transformer_jax.scaling.approaches import APPROACHES, Approach, Settings
@@ -146,4 +147,4 @@ VERBS = {
         lambda _: NextOptions(),
         _next,
     ),
-}
+} | sweeping.VERBS

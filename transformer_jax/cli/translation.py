@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.table import Table
+from rich.table import Column, Table
 
 from transformer_jax import verbs
 from transformer_jax.attention_page import Heads
 from transformer_jax.cli.verb import Verb, experiment_of_run, lines_of, out
 from transformer_jax.compare import compare, with_settings
 from transformer_jax.config import DataConfig, DecodeConfig, TrainConfig
+from transformer_jax.curves import by_stem, numbered
 from transformer_jax.data.translation import ParallelText
 from transformer_jax.errors import UserError
 from transformer_jax.evaluate import Scored
 from transformer_jax.logs import print_json, say
 from transformer_jax.recipes import find_experiments
+from transformer_jax.storage import run_path
 from transformer_jax.translate import Translation, Translator
 from transformer_jax.trials import trials
 
@@ -106,6 +108,9 @@ def _evaluate(run: str, options: EvaluateOptions) -> int:
     title = f"{run}, test: {result.report['test']}"
     if result.scored is None:
         out().print(_means(result.report, title))
+        for stem, names in by_stem(result.report["scores"]).items():
+            out().print()
+            out().print(_by_number(result.report, stem, names))
     else:
         _print_translations(result.scored, result.samples, title)
     say(f"\nwritten: {', '.join(map(str, result.files))}")
@@ -115,12 +120,12 @@ def _evaluate(run: str, options: EvaluateOptions) -> int:
 def _means(report: dict[str, Any], title: str) -> Table:
     """What a run that is no translator scores, beside its floors."""
     columns = {"model": report["scores"]} | report["floors"]
-    table = Table("held out", title=title, box=None, pad_edge=False)
+    table = Table(Column("held out", no_wrap=True, min_width=8), title=title, box=None, pad_edge=False)
     for name, scores in columns.items():
         table.add_column(name, justify="right", no_wrap=True)
         if any(entry["interval"] for entry in scores.values()):
             table.add_column("95 %", justify="right", no_wrap=True)
-    for score in report["scores"]:
+    for score in (name for name in report["scores"] if not numbered(name)):
         cells = []
         for scores in columns.values():
             entry = scores.get(score)
@@ -128,6 +133,17 @@ def _means(report: dict[str, Any], title: str) -> Table:
             if any(other["interval"] for other in scores.values()):
                 cells.append("{:.4f} to {:.4f}".format(*entry["interval"]) if entry and entry["interval"] else "")
         table.add_row(score, *cells)
+    return table
+
+
+def _by_number(report: dict[str, Any], stem: str, names: dict[int, str]) -> Table:
+    """What is scored by a number, such as errors after k examples, beside its floors."""
+    columns = {"model": report["scores"]} | report["floors"]
+    table = Table(stem, box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, name in names.items():
+        table.add_row(str(number), *(f"{of[name]['value']:.4f}" if name in of else "" for of in columns.values()))
     return table
 
 
@@ -158,7 +174,7 @@ def _translate(run: str, options: TranslateOptions) -> int:
     if options.attention_map and not Path(options.attention_map).absolute().parent.is_dir():
         raise UserError(f"--attention-map {options.attention_map}: there is no such folder.")
     sentences = [options.text] if options.text else lines_of(options.file)
-    translator = Translator.open(Path(run), options.decode.average)
+    translator = Translator.open(run_path(run), options.decode.average)
     decode = options.decode
     if not options.text and not options.file and sys.stdin.isatty():
         decode = dataclasses.replace(decode, batch=1)  # a person is typing: answer every line

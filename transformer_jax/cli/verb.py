@@ -18,6 +18,7 @@ from rich.console import Console
 from transformer_jax.config import Experiment, flatten, read_experiment
 from transformer_jax.errors import UserError, closest
 from transformer_jax.recipes import find_recipe
+from transformer_jax.storage import run_path
 
 T = TypeVar("T")
 Tree = Annotated[Experiment, tyro.conf.arg(name="")]
@@ -96,7 +97,7 @@ def _option_names(default: Any) -> Iterator[str]:
 
 def experiment_of(target: str) -> Experiment:
     """Return the experiment of a recipe, or of a run folder."""
-    file = Path(target) / "experiment.json"
+    file = run_path(target) / "experiment.json"
     if file.is_file():
         return read_experiment(file)
     return find_recipe(target)
@@ -104,7 +105,7 @@ def experiment_of(target: str) -> Experiment:
 
 def experiment_of_run(run: str) -> Experiment:
     """Return the experiment of a run folder."""
-    file = Path(run) / "experiment.json"
+    file = run_path(run) / "experiment.json"
     if not file.is_file():
         raise UserError(f"{run} is not a run folder (it has no experiment.json); `tjax train` prints where it writes.")
     return read_experiment(file)

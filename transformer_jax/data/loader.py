@@ -31,8 +31,8 @@ class OpenData(Protocol):
     """
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of all texts."""
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of all texts; None where there is no text."""
 
     def summary(self) -> dict[str, Any]:
         """Return JSON-able facts: counts by split, what was dropped and why, fingerprint."""

@@ -10,7 +10,6 @@ from transformer_jax.data.corpus import Corpus, pieces, trained
 from transformer_jax.data.documents import Part
 from transformer_jax.data.packing import Stream
 from transformer_jax.data.pretraining import Corpora, DocumentConfig, DocumentData
-from transformer_jax.data.row_plan import check_rows
 from transformer_jax.data.tokenizer import Role, Tokenizer
 from transformer_jax.errors import UserError
 
@@ -44,9 +43,22 @@ class PackedText(DocumentConfig):
         if self.context < 1:
             raise UserError(f"data.context must be at least 1, got {self.context}.")
         for rows, steps in self.ramp:
-            check_rows("data.ramp", rows, self.rows_multiple)
+            if rows < 1 or rows % self.rows_multiple:
+                flags = " ".join(["--data.ramp", *(str(number) for stage in self._divisible() for number in stage)])
+                raise UserError(
+                    f"data.ramp = {rows} is no multiple of data.rows_multiple = {self.rows_multiple}; "
+                    f"of as many tokens, and a multiple, is {flags}"
+                )
             if steps < 1:
                 raise UserError(f"data.ramp: {rows} rows for {steps} steps; give at least one step.")
+
+    def _divisible(self) -> list[tuple[int, int]]:
+        """Return the ramp with rows rounded up to the multiple, and about as many rows in all as before."""
+        seen: dict[int, int] = {}
+        for rows, steps in self.ramp:
+            divisible = max(-(-rows // self.rows_multiple), 1) * self.rows_multiple
+            seen[divisible] = seen.get(divisible, 0) + max(rows, 0) * steps
+        return [(rows, max(round(n / rows), 1)) for rows, n in seen.items() if rows < self.batch_rows]
 
     def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return shape and dtype of each array of the largest batch, over all processes."""
@@ -83,6 +95,11 @@ class PackedData(DocumentData):
         """Join tokenized documents with the settings they were read by."""
         super().__init__(config, corpora, config.ramp)
         self._packed = config
+
+    @property
+    def training(self) -> Sequence[Corpus]:
+        """The training documents of each source."""
+        return self._corpora.train
 
     def rows_of(self, corpus: Corpus, seed: int | None, number: int = 0) -> Stream:
         """Return the rows of a corpus, shuffled by (seed, number), or in its own order if `seed` is None."""

@@ -14,6 +14,7 @@ from transformer_jax.errors import UserError
 from transformer_jax.interop.exporting import Dtype, export_run
 from transformer_jax.interop.hub import folder_of
 from transformer_jax.interop.importing import import_folder
+from transformer_jax.storage import run_path
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ def convert(
     dest = Path(dest)
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists and is not an empty folder; name another.")
-    if (Path(source) / "experiment.json").is_file():
+    if (run_path(source) / "experiment.json").is_file():
         with _staged(dest) as staging:
-            certificate = export_run(Path(source), staging, tokenizer, dtype, shard_bytes)
+            certificate = export_run(run_path(source), staging, tokenizer, dtype, shard_bytes)
     else:
         folder = folder_of(source, revision)
         with _staged(dest) as staging:

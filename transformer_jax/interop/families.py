@@ -28,6 +28,8 @@ def reader_of(fields: Fields) -> Family:
 
 def writer_of(config: ModelConfig) -> Family:
     """Return the family that writes this model. Raises `UserError` if none does."""
+    if isinstance(config, BertConfig | GPTConfig) and config.base_width:
+        raise UserError("a model with model.base_width scales its logits and queries, which no config.json can say.")
     if isinstance(config, BertConfig) and not isinstance(config, BertSeq2SeqConfig):
         return BERT
     if isinstance(config, GPTConfig):

@@ -5,54 +5,24 @@ Letters as in `nn/attention.py`: q_BTNH, k_BSKH, v_BSKH with N = K G (grouped qu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from transformer_jax.errors import UserError, closest
+from transformer_jax.kernels import blockwise, cudnn, plain, splash
+from transformer_jax.kernels.demand import Demand
+from transformer_jax.kernels.mask import Mask
+from transformer_jax.sharding import CONTEXT, mesh_at_hand, spec
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["kv_segments_BS", "q_segments_BT", "q_positions_BT", "kv_positions_BS"],
-    meta_fields=["causal", "window"],
-)
-@dataclass(frozen=True)
-class Mask:
-    """Who may see whom, as structure instead of a [T, S] matrix, so that every backend can honour it.
+__all__ = ["BACKENDS", "Demand", "Mask", "attention", "chosen", "refusal"]
 
-    Segment 0 is padding and is never seen. With query segments, a query sees keys of its own segment only.
-    Causal: a query at position t sees keys 0 ... t. Positions are those in the row unless given (decoding with a
-    cache); a key at a negative position is an empty place and is never seen.
-    """
+Backend = Literal["splash", "cudnn", "xla", "blockwise"]
 
-    kv_segments_BS: jax.Array | None = None
-    q_segments_BT: jax.Array | None = None
-    q_positions_BT: jax.Array | None = None
-    kv_positions_BS: jax.Array | None = None
-    causal: bool = False
-    window: int = 0
-    """How many positions back a query sees, its own included (and as many ahead, unless causal); 0 sees all."""
-
-    def visible(self, t: int, s: int) -> jax.Array | None:
-        """Return the mask as booleans that broadcast to [B, T, S], or None if everything is visible."""
-        parts = []
-        if self.kv_segments_BS is not None:
-            kv_B1S = self.kv_segments_BS[:, None, :]
-            parts.append(kv_B1S != 0)
-            if self.q_segments_BT is not None:
-                parts.append(self.q_segments_BT[:, :, None] == kv_B1S)
-        if self.kv_positions_BS is not None:
-            parts.append(self.kv_positions_BS[:, None, :] >= 0)
-        if self.causal or self.window:
-            q_BT = jnp.arange(t)[None] if self.q_positions_BT is None else self.q_positions_BT
-            kv_BS = jnp.arange(s)[None] if self.kv_positions_BS is None else self.kv_positions_BS
-            distance_BTS = q_BT[:, :, None] - kv_BS[:, None, :]
-            if self.causal:
-                parts.append(distance_BTS >= 0)
-            if self.window:
-                parts.append(jnp.abs(distance_BTS) < self.window)
-        return reduce(jnp.logical_and, parts) if parts else None
+BACKENDS: tuple[Backend, ...] = ("splash", "cudnn", "xla", "blockwise")
+"""The fastest first, where they can serve."""
 
 
 def attention(
@@ -67,46 +37,107 @@ def attention(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attend: softmax(q k / sqrt(H)) v, softmax in float32 (Vaswani 2017, section 3.2.1).
 
-    With a key, a share `dropout` of the weights is zeroed and the rest scaled up (as in BERT and GPT).
+    With a key, a share `dropout` of the weights is zeroed and the rest scaled up (as in BERT and GPT). A mask with
+    positions of each row (decoding: few queries look at a cache) is always served by "xla".
 
     Returns:
         The output [B, T, N, H], and the weights [B, N, T, S] where the backend forms them (XLA drops them if unused).
 
     Raises:
-        ValueError: the backend is unknown.
+        UserError: the backend is unknown, or cannot serve.
     """
-    return BACKENDS[chosen(backend)](q_BTNH, k_BSKH, v_BSKH, mask, dropout, key)
+    context = mesh_at_hand().shape.get(CONTEXT, 1)
+    t, s = q_BTNH.shape[1], k_BSKH.shape[1]
+    if backend == "auto" and (t % context or s % context):
+        backend = "xla"
+    elif backend == "auto":
+        dropped = dropout if key is not None else 0.0
+        demand = Demand(jax.default_backend(), q_BTNH.dtype.name, q_BTNH.shape[-1], dropped, max(t, s), context)
+        backend = chosen(backend, demand)
+    placed = mask.q_positions_BT is not None or mask.kv_positions_BS is not None
+    if backend == "xla" or (placed and backend != "blockwise"):
+        return plain.attend(q_BTNH, k_BSKH, v_BSKH, mask, dropout, key)
+    match backend:
+        case "splash":
+            attend = partial(_without_dropout, splash.attend)
+        case "cudnn":
+            attend = partial(_without_dropout, cudnn.attend)
+        case "blockwise":
+            if t % context or s % context:
+                raise UserError(f"mesh.context={context} does not divide rows of {t} x {s} positions.")
+            mask = mask.placed(t, s)
+            attend = partial(blockwise.attend, ring=blockwise.Ring(CONTEXT, context) if context > 1 else None)
+        case _:
+            raise _unknown(backend)
+    return _on_each_device(attend, q_BTNH, k_BSKH, v_BSKH, mask, dropout, key), None
 
 
-def chosen(backend: str) -> str:
+def chosen(backend: str, demand: Demand) -> Backend:
     """Name the backend that serves a wish; "auto" takes the fastest that can.
 
+    Splash pads rows and leaves blocks out; where a whole row is one block, plain attention is as good or better.
+
     Raises:
-        ValueError: there is no such backend.
+        UserError: there is no such backend, or it cannot serve.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}; there are {', '.join(BACKENDS)}")
-    return "xla" if backend == "auto" else backend
+    if backend == "auto":
+        short = demand.length <= splash.BLOCK
+        return next(name for name in BACKENDS if not refusal(name, demand) and not (name == "splash" and short))
+    for name in BACKENDS:
+        if name == backend:
+            if reason := refusal(name, demand):
+                raise UserError(f"compute.attention={name} {reason}; set --compute.attention auto.")
+            return name
+    raise _unknown(backend)
 
 
-def _xla(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, dropout: float, key: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    b, t, n, h = q_BTNH.shape
-    s, k = k_BSKH.shape[1:3]
-    q_BTKGH = q_BTNH.reshape(b, t, k, n // k, h) * h**-0.5
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    visible = mask.visible(t, s)
-    if visible is not None:
-        # Finite, so that a row that sees nothing (padding) stays finite too.
-        scores_BKGTS = jnp.where(visible[:, None, None], scores_BKGTS, -1e30)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-    kept_BKGTS = weights_BKGTS
-    if key is not None and dropout:
-        keep_BKGTS = jax.random.bernoulli(key, 1.0 - dropout, weights_BKGTS.shape)
-        kept_BKGTS = jnp.where(keep_BKGTS, weights_BKGTS / (1.0 - dropout), 0.0)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", kept_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    return out_BTKGH.reshape(b, t, n, h), weights_BKGTS.reshape(b, n, t, s)
+def refusal(backend: Backend, demand: Demand) -> str:
+    """Say why a backend cannot serve; "" if it can."""
+    if demand.context > 1 and backend != "blockwise":
+        return f"sees whole rows, and mesh.context={demand.context} divides them"
+    match backend:
+        case "splash":
+            return splash.refuses(demand)
+        case "cudnn":
+            return cudnn.refuses(demand)
+    return ""
 
 
-BACKENDS = {"xla": _xla}
+def _unknown(backend: str) -> UserError:
+    return UserError(f"there is no attention backend '{backend}'.{closest(backend, ['auto', *BACKENDS])}")
+
+
+def _without_dropout(
+    attend: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, _rate: float, _key: Any
+) -> jax.Array:
+    out: jax.Array = attend(q_BTNH, k_BSKH, v_BSKH, mask)
+    return out
+
+
+def _on_each_device(
+    attend: Any,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask: Mask,
+    dropout: float,
+    key: jax.Array | None,
+) -> jax.Array:
+    """Let every device of the mesh attend with its rows, heads and positions: kernels cannot be divided by XLA."""
+    mesh = mesh_at_hand()
+    if mesh.size <= 1:
+        out_BTNH: jax.Array = attend(q_BTNH, k_BSKH, v_BSKH, mask, dropout, key)
+        return out_BTNH
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, bits: jax.Array | None) -> Any:
+        own = None
+        if bits is not None:
+            own = jax.random.fold_in(jax.random.wrap_key_data(bits), jax.lax.axis_index(mesh.axis_names))
+        return attend(q, k, v, mask, dropout, own)
+
+    inputs = (q_BTNH, k_BSKH, v_BSKH, mask, None if key is None else jax.random.key_data(key))
+    # Fields of a mask end in their letters, and may hold one row for all.
+    cut = jax.tree_util.tree_map_with_path(lambda path, x: spec("1B"[len(x) > 1] + path[0].name[-1]), mask)
+    specs = (spec("BTNH"), spec("BSKH"), spec("BSKH"), cut, PartitionSpec())
+    out_BTNH = jax.shard_map(local, in_specs=specs, out_specs=spec("BTNH"), check_vma=False)(*inputs)
+    return out_BTNH

@@ -14,7 +14,7 @@ from transformer_jax.config import ComputeConfig, ModelConfig
 from transformer_jax.errors import UserError
 from transformer_jax.kernels.attention import Mask
 from transformer_jax.nn.block import Block, BlockConfig
-from transformer_jax.nn.layers import ACTIVATIONS, Embedding, LayerNorm, Linear, dropout, split, truncated_normal
+from transformer_jax.nn.layers import ACTIVATIONS, Embedding, Init, LayerNorm, Linear, dropout, split, truncated_normal
 from transformer_jax.nn.stack import Stack
 from transformer_jax.sharding import constrain
 
@@ -40,11 +40,28 @@ class BertConfig(ModelConfig):
     dropout: float = 0.1
     """On embeddings, attention weights and the output of each sublayer."""
     init_std: float = 0.02
+    base_width: int = 0
+    """muP (Yang 2022): the width that the learning rate was tuned at, which then suits this one; 0: standard."""
     task: Literal["pretrain", "mlm", "classify", "tag", "span", "encode"] = "pretrain"
     """Head: masked tokens and next sentence; masked tokens alone; labels of a row; labels of each token; start and
     end of a span; none."""
     labels: int = 0
     """Of classify and tag: the number of classes, or 1 for a number."""
+
+    @property
+    def width_multiplier(self) -> float:
+        """Width over base width; 1 without one."""
+        return self.width / self.base_width if self.base_width else 1.0
+
+    @property
+    def hidden_init(self) -> Init:
+        """Of matrices between hidden layers."""
+        return truncated_normal(self.init_std / self.width_multiplier**0.5)
+
+    @property
+    def output_init(self) -> Init:
+        """Of the heads' last matrices."""
+        return truncated_normal(self.init_std / self.width_multiplier)
 
     @property
     def block(self) -> BlockConfig:
@@ -57,8 +74,9 @@ class BertConfig(ModelConfig):
             norm_eps=self.norm_eps,
             dropout=self.dropout,
             attention_dropout=self.dropout,
-            init=truncated_normal(self.init_std),
-            residual_init=truncated_normal(self.init_std),
+            base_width=self.base_width,
+            init=self.hidden_init,
+            residual_init=self.hidden_init,
         )
 
     def check(self) -> None:
@@ -117,17 +135,19 @@ class PretrainingHeads(nnx.Module):
 
     def __init__(self, key: jax.Array, config: BertConfig) -> None:
         transform, following = jax.random.split(key)
-        init = truncated_normal(config.init_std)
-        self.transform = Linear(transform, {"D": config.width}, {"F": config.width}, init=init)
+        self.transform = Linear(transform, {"D": config.width}, {"F": config.width}, init=config.hidden_init)
         self.norm = LayerNorm(config.width, config.norm_eps)
         self.bias = nnx.Param(jnp.zeros((config.vocab_size,)), letters="V")
         both = config.task == "pretrain"
-        self.following = Linear(following, {"D": config.width}, {"Z": 2}, init=init) if both else None
+        output = config.output_init
+        self.following = Linear(following, {"D": config.width}, {"Z": 2}, init=output) if both else None
+        self.width_multiplier = config.width_multiplier
         self.activation = config.activation
 
     def tokens(self, x_BMD: jax.Array, embedding: Embedding) -> jax.Array:
         """[B, M, D] -> float32 [B, M, V]."""
         h_BMD = self.norm(ACTIVATIONS[self.activation](self.transform(x_BMD)))
+        h_BMD = h_BMD if self.width_multiplier == 1.0 else h_BMD / self.width_multiplier
         return constrain(embedding.logits(h_BMD) + self.bias[...], "BTV")
 
 
@@ -136,16 +156,16 @@ class Bert(nnx.Module):
 
     def __init__(self, key: jax.Array, config: BertConfig, compute: ComputeConfig) -> None:
         embeddings, blocks, pooler, head = jax.random.split(key, 4)
-        init = truncated_normal(config.init_std)
+        hidden, output = config.hidden_init, config.output_init
         self.config = config
         self.dtype = jnp.dtype(compute.dtype)
         self.embeddings = BertEmbeddings(embeddings, config)
         self.encoder = Stack(blocks, lambda k: Block(k, config.block, compute), config.layers, compute)
         pooled = config.task in ("pretrain", "classify", "encode")
-        self.pooler = Linear(pooler, {"D": config.width}, {"F": config.width}, init=init) if pooled else None
+        self.pooler = Linear(pooler, {"D": config.width}, {"F": config.width}, init=hidden) if pooled else None
         self.pretraining = PretrainingHeads(head, config) if config.task in ("pretrain", "mlm") else None
         outputs = {"classify": config.labels, "tag": config.labels, "span": 2}.get(config.task)
-        self.head = Linear(head, {"D": config.width}, {"Z": outputs}, init=init) if outputs else None
+        self.head = Linear(head, {"D": config.width}, {"Z": outputs}, init=output) if outputs else None
 
     def __call__(
         self,

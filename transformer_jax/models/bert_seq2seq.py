@@ -36,6 +36,8 @@ class BertSeq2SeqConfig(BertConfig):
         super().check()
         if self.labels:
             raise UserError("model.labels has no meaning for an encoder-decoder.")
+        if self.base_width:
+            raise UserError("model.base_width (muP) is for an encoder or a decoder alone.")
 
     def build(self, key: jax.Array, compute: ComputeConfig) -> BertSeq2Seq:
         """Construct the module."""

@@ -8,99 +8,35 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from transformer_jax.config import ComputeConfig, ModelConfig
+from transformer_jax.config import ComputeConfig
 from transformer_jax.errors import UserError
 from transformer_jax.kernels.attention import Mask
+from transformer_jax.models.decoder import Decoder, DecoderConfig
 from transformer_jax.nn.attention import Cache
-from transformer_jax.nn.block import Block, BlockConfig
-from transformer_jax.nn.layers import NORMS, Embedding, Linear, dropout, normal, split
-from transformer_jax.nn.stack import Stack
+from transformer_jax.nn.layers import Embedding, Linear, dropout, normal
 from transformer_jax.sharding import constrain
 
 
 @dataclass(frozen=True)
-class GPTConfig(ModelConfig):
-    """Sizes and dialect; the defaults are GPT-2's smallest (Radford 2019)."""
+class GPTConfig(DecoderConfig):
+    """A decoder of tokens; the defaults are GPT-2's smallest (Radford 2019)."""
 
     vocab_size: int = 50_257
-    context: int = 1024
-    """Most tokens that are read at once."""
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    kv_heads: int = 0
-    """Key/value heads (grouped queries); 0: as many as heads."""
-    head_size: int = 0
-    """Channels of a head; 0: width / heads."""
-    feedforward: int = 0
-    """0: 4 x width."""
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu_tanh"
-    gated: bool = False
-    """Gated feed-forward; with silu it is SwiGLU."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float = 1e-5
-    pre_norm: bool = True
-    """Norm before each sublayer, and one at the end (GPT-2); False: after each (GPT-1)."""
-    bias: bool = True
-    """Biases in all linear maps."""
-    qk_norm: bool = False
-    """RMSNorm of queries and keys, by head."""
-    positions: Literal["learned", "rope"] = "learned"
-    rope_theta: float = 10_000.0
-    windows: tuple[int, ...] = ()
-    """Positions back that a layer sees, by layer, repeated in order; 0 is all. (0, 256) alternates dense and banded."""
     tied: bool = True
     """The output projection is the embedding."""
-    dropout: float = 0.0
-    """On embeddings, attention weights and the output of each sublayer."""
-    init_std: float = 0.02
-    scaled_residual: bool = True
-    """Initialise what is added to the stream smaller by sqrt(2 layers) (Radford 2019, section 2.3)."""
     task: Literal["lm", "classify"] = "lm"
     """classify adds a linear head on the last token of a row (Radford 2018, section 3.2)."""
     labels: int = 0
     """Classes of the head; 1 for a number."""
 
-    @property
-    def block(self) -> BlockConfig:
-        """What is repeated."""
-        return BlockConfig(
-            width=self.width,
-            heads=self.heads,
-            feedforward=self.feedforward or 4 * self.width,
-            kv_heads=self.kv_heads,
-            head_size=self.head_size,
-            activation=self.activation,
-            gated=self.gated,
-            norm=self.norm,
-            norm_eps=self.norm_eps,
-            pre_norm=self.pre_norm,
-            attention_bias=self.bias,
-            feedforward_bias=self.bias,
-            dropout=self.dropout,
-            attention_dropout=self.dropout,
-            rope_theta=self.rope_theta if self.positions == "rope" else 0.0,
-            qk_norm=self.qk_norm,
-            init=normal(self.init_std),
-            residual_init=normal(self.init_std / ((2 * self.layers) ** 0.5 if self.scaled_residual else 1.0)),
-        )
-
-    def window(self, layer: int) -> int:
-        """Positions that a layer sees; 0 is all."""
-        return self.windows[layer % len(self.windows)] if self.windows else 0
-
     def check(self) -> None:
         """Raise `UserError` if sizes do not fit together."""
-        for name in ("vocab_size", "context", "layers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
-        if any(window < 0 for window in self.windows):
-            raise UserError(f"model.windows must not be negative, got {self.windows}; 0 sees everything.")
+        if self.vocab_size < 1:
+            raise UserError(f"model.vocab_size must be at least 1, got {self.vocab_size}.")
+        super().check()
         if self.task == "classify" and self.labels < 1:
             raise UserError("model.task=classify needs model.labels: the number of classes, or 1 for a number.")
-        self.block.check()
 
     def build(self, key: jax.Array, compute: ComputeConfig) -> GPT:
         """Construct the module."""
@@ -109,9 +45,8 @@ class GPTConfig(ModelConfig):
     def forward_flops(self, batch: Mapping[str, tuple[int, ...]]) -> int:
         """FLOPs of the matrix products that read "tokens" [B, T], the output projection at every position included."""
         rows, length = batch["tokens"]
-        blocks = (self.block.forward_flops(length, causal=True, window=self.window(i)) for i in range(self.layers))
         head = 2 * self.width * (self.vocab_size * length if "targets" in batch else self.labels)
-        return rows * (sum(blocks) + head)
+        return rows * (self.block_flops(length) + head)
 
 
 class DecoderState(NamedTuple):
@@ -122,25 +57,18 @@ class DecoderState(NamedTuple):
     length_B: jax.Array
 
 
-class GPT(nnx.Module):
-    """A causal decoder; segments keep packed documents apart (0 is padding)."""
+class GPT(Decoder):
+    """A causal decoder of tokens; segments keep packed documents apart (0 is padding)."""
 
     def __init__(self, key: jax.Array, config: GPTConfig, compute: ComputeConfig) -> None:
         embedding, positions, blocks, output, head = jax.random.split(key, 5)
-        init = normal(config.init_std)
+        super().__init__(positions, blocks, config, compute)
         self.config = config
-        self.dtype = jnp.dtype(compute.dtype)
+        init, head_init = normal(config.init_std), normal(config.init_std / config.width_multiplier)
         self.embedding = Embedding(embedding, config.vocab_size, config.width, init=init)
-        learned = config.positions == "learned"
-        self.positions = (
-            Embedding(positions, config.context, config.width, init=init, letters="TD") if learned else None
-        )
-        static = [{"window": window} for window in config.windows] or [{}]
-        self.decoder = Stack(blocks, lambda k: Block(k, config.block, compute), config.layers, compute, static)
-        self.norm = NORMS[config.norm](config.width, config.norm_eps) if config.pre_norm else None
         self.output = None if config.tied else Embedding(output, config.vocab_size, config.width, init=init)
         classifies = config.task == "classify"
-        self.head = Linear(head, {"D": config.width}, {"Z": config.labels}, init=init) if classifies else None
+        self.head = Linear(head, {"D": config.width}, {"Z": config.labels}, init=head_init) if classifies else None
 
     def __call__(
         self,
@@ -162,13 +90,11 @@ class GPT(nnx.Module):
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Read rows of documents: [B, T] -> [B, T, D], normalised, ready for `logits`."""
-        embed_key, stack_key = split(key, 2)
-        x_BTD = self._embed(tokens_BT, positions_BT, embed_key)
-        mask = Mask(segments_BT, segments_BT, causal=True)
-        return self._normed(self.decoder(x_BTD, mask, positions_BT, key=stack_key))
+        return self.decode(self.embedding(tokens_BT, self.dtype), segments_BT, positions_BT, key=key)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Score every token of the vocabulary: [B, T, D] -> float32 [B, T, V]."""
+        x_BTD = x_BTD if self.config.width_multiplier == 1.0 else x_BTD / self.config.width_multiplier
         return constrain((self.embedding if self.output is None else self.output).logits(x_BTD), "BTV")
 
     def read(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None) -> jax.Array:
@@ -192,14 +118,14 @@ class GPT(nnx.Module):
         place_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         positions_BT = jnp.where(place_BT < length_B[:, None], place_BT, -1)
         mask = Mask((positions_BT >= 0).astype(jnp.int32), causal=True)
-        x_BTD, past = self._embed(tokens_BT, place_BT, None), []
+        x_BTD, past = self._embed(tokens_BT, place_BT), []
         for i, block in enumerate(self.decoder.layers):
             window, config = self.config.window(i), self.config.block
             empty = Cache.empty(len(tokens_BT), self._places(i, places), config.kv, config.size, self.dtype)
             seen = block.attention.keys_values(block.attention_residual.enter(x_BTD), place_BT)
             past.append(empty.write(seen, positions_BT))
             x_BTD, _ = block(x_BTD, mask, place_BT, window=window)
-        last_BD = self._normed(x_BTD)[jnp.arange(len(length_B)), length_B - 1]
+        last_BD = self.normed(x_BTD)[jnp.arange(len(length_B)), length_B - 1]
         return self.logits(last_BD[:, None])[:, 0], DecoderState(past, length_B)
 
     def extend(self, state: DecoderState, tokens_BT: jax.Array) -> tuple[jax.Array, DecoderState]:
@@ -209,15 +135,15 @@ class GPT(nnx.Module):
         have room for `SLACK` positions beside it, so at most so many can be read or taken back at once.
         """
         positions_BT = state.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
-        x_BTD, new_past = self._embed(tokens_BT, positions_BT, None), []
+        x_BTD, new_past = self._embed(tokens_BT, positions_BT), []
         for i, (block, past) in enumerate(zip(self.decoder.layers, state.past, strict=True)):
             x_BTD, longer = block.extend(x_BTD, positions_BT, past, window=self.config.window(i))
             new_past.append(longer)
-        return self.logits(self._normed(x_BTD)), DecoderState(new_past, state.length_B + tokens_BT.shape[1])
+        return self.logits(self.normed(x_BTD)), DecoderState(new_past, state.length_B + tokens_BT.shape[1])
 
     def attention_maps(self, tokens_BT: jax.Array) -> dict[str, jax.Array]:
         """Attention weights: {"decoder": [L, B, N, T, T]}."""
-        x_BTD, maps = self._embed(tokens_BT, None, None), []
+        x_BTD, maps = self._embed(tokens_BT, None), []
         for i, block in enumerate(self.decoder.layers):
             x_BTD, weights = block(x_BTD, Mask(causal=True), window=self.config.window(i))
             maps.append(weights["self"])
@@ -227,16 +153,8 @@ class GPT(nnx.Module):
         window = self.config.window(layer)
         return min(window + SLACK, places) if window else places
 
-    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array | None, key: jax.Array | None) -> jax.Array:
-        x_BTD = self.embedding(tokens_BT, self.dtype)
-        if self.positions is not None:
-            if positions_BT is None:
-                positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-            x_BTD += self.positions(positions_BT, self.dtype)
-        return dropout(constrain(x_BTD, "BTD"), self.config.dropout, key)
-
-    def _normed(self, x_BTD: jax.Array) -> jax.Array:
-        return x_BTD if self.norm is None else self.norm(x_BTD)
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array | None) -> jax.Array:
+        return self.placed(self.embedding(tokens_BT, self.dtype), positions_BT)
 
 
 SLACK = 16

@@ -85,6 +85,7 @@ class Attention(nnx.Module):
         qk_norm: bool = False,
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
+        query_scale: float = 1.0,
         init: Init = xavier_uniform,
         residual_init: Init = xavier_uniform,
     ) -> None:
@@ -97,6 +98,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(head_size, norm_eps, letters="H") if qk_norm else None
         self.rope_theta = rope_theta
         self.dropout = dropout
+        self.query_scale = query_scale
         self.backend = backend
 
     def keys_values(self, x_BSD: jax.Array, positions_BS: jax.Array | None = None) -> KeysValues:
@@ -115,6 +117,7 @@ class Attention(nnx.Module):
     ) -> Attended:
         """Let x look at keys and values: [B, T, D] -> [B, T, D]."""
         q_BTNH = self._place(constrain(self.q(x_BTD), "BTNH"), self.q_norm, positions_BT)
+        q_BTNH = q_BTNH if self.query_scale == 1.0 else q_BTNH * self.query_scale
         out_BTNH, weights_BNTS = attention(q_BTNH, *seen, mask, dropout=self.dropout, key=key, backend=self.backend)
         return Attended(self.out(constrain(out_BTNH, "BTNH")), weights_BNTS)
 

@@ -42,6 +42,8 @@ class BlockConfig:
     rope_theta: float = 0.0
     """Base of the rotary angles; 0: no rotation."""
     qk_norm: bool = False
+    base_width: int = 0
+    """muP (Yang 2022): the width that rates were tuned at; 0: standard parametrisation."""
     init: Init = xavier_uniform
     residual_init: Init = xavier_uniform
     """Of the matrices whose output is added to the stream."""
@@ -56,8 +58,20 @@ class BlockConfig:
         """Channels of a head."""
         return self.head_size or self.width // self.heads
 
+    @property
+    def width_multiplier(self) -> float:
+        """Width over base width; 1 without one."""
+        return self.width / self.base_width if self.base_width else 1.0
+
+    @property
+    def query_scale(self) -> float:
+        """What muP multiplies queries by: scores of q k 8 / H, which are the usual q k / sqrt(H) for heads of 64."""
+        return (64 / self.size) ** 0.5 if self.base_width else 1.0
+
     def check(self) -> None:
         """Raise `UserError` if sizes do not fit together."""
+        if self.base_width < 0:
+            raise UserError(f"model.base_width must not be negative, got {self.base_width}; 0 switches muP off.")
         for name in ("width", "heads", "feedforward"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} must be at least 1, got {getattr(self, name)}.")
@@ -190,6 +204,7 @@ def _attention(key: jax.Array, config: BlockConfig, compute: ComputeConfig) -> A
         qk_norm=config.qk_norm,
         norm_eps=config.norm_eps,
         dropout=config.attention_dropout,
+        query_scale=config.query_scale,
         init=config.init,
         residual_init=config.residual_init,
     )

@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from jax.extend import core
 
 from transformer_jax.planning.trace import Operation, Trace, Value
 
@@ -104,8 +107,13 @@ class _Reader:
         return one.peak
 
     def _products(self, operation: Operation) -> int:
-        if cost := operation.parameters.get("cost_estimate"):  # a kernel of Pallas says it itself
-            return int(cost.flops)
+        if operation.name == "pallas_call":
+            if cost := operation.parameters["cost_estimate"]:  # the kernel says it itself
+                return int(cost.flops)
+            # With the blocks that it leaves out, as plain attention is computed.
+            return math.prod(operation.parameters["grid_mapping"].grid) * _inside(operation.parameters["jaxpr"])
+        if operation.name == "cond":
+            return max(_inside(branch.jaxpr) for branch in operation.parameters["branches"])
         if operation.name != "dot_general":
             return 0
         (summed, _), _ = operation.parameters["dimension_numbers"]
@@ -138,6 +146,22 @@ class _Reader:
                 size = sum(value.bytes(self.sizes) for value in operation.outputs)
                 result.exchanges.append(Exchange("all-reduce", axis, size, 1))
         return together
+
+
+def _inside(jaxpr: core.Jaxpr) -> int:
+    """Count the FLOPs of the products in the body of a kernel or a branch."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (summed, _), _ = equation.params["dimension_numbers"]
+            left: Any = equation.invars[0].aval
+            made: Any = equation.outvars[0].aval
+            total += 2 * math.prod(made.shape) * math.prod(left.shape[d] for d in summed)
+        elif equation.primitive.name == "cond":
+            total += max(_inside(branch.jaxpr) for branch in equation.params["branches"])
+        elif inner := equation.params.get("jaxpr"):
+            total += equation.params.get("length", 1) * _inside(getattr(inner, "jaxpr", inner))
+    return total
 
 
 def _summed(operation: Operation) -> set[str]:

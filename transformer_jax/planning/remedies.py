@@ -155,10 +155,11 @@ def _accumulated(experiment: Experiment) -> Iterator[Experiment]:
 
 def _sharded(experiment: Experiment, target: Target) -> Iterator[Experiment]:
     """Divide parameters and optimizer over 8, 64, ... devices, up to all."""
-    shares = [n for n in (8, 16, 32, 64, 128) if n < target.devices and target.devices % n == 0]
-    for fsdp in (*shares, target.devices):
+    devices = target.devices // experiment.mesh.context
+    shares = [n for n in (8, 16, 32, 64, 128) if n < devices and devices % n == 0]
+    for fsdp in (*shares, devices):
         if fsdp > experiment.mesh.fsdp:
-            yield replace(experiment, mesh=replace(experiment.mesh, data=target.devices // fsdp, fsdp=fsdp, tensor=1))
+            yield replace(experiment, mesh=replace(experiment.mesh, data=devices // fsdp, fsdp=fsdp, tensor=1))
 
 
 def _fewer_rows(experiment: Experiment) -> Iterator[Experiment]:
@@ -172,9 +173,10 @@ def _fewer_rows(experiment: Experiment) -> Iterator[Experiment]:
 
 
 def _meshes(experiment: Experiment, target: Target) -> Iterator[Experiment]:
-    for tensor in _divisors(target.devices):
-        for fsdp in _divisors(target.devices // tensor):
-            data = target.devices // tensor // fsdp
+    devices = target.devices // experiment.mesh.context
+    for tensor in _divisors(devices):
+        for fsdp in _divisors(devices // tensor):
+            data = devices // tensor // fsdp
             mesh = replace(experiment.mesh, data=data, fsdp=fsdp, tensor=tensor)
             yield dividing(replace(experiment, mesh=mesh), target)
 

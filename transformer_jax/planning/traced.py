@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformer_jax.planning.estimate import Estimate, estimate
 from transformer_jax.planning.layouts import WHOLE, Layout
 from transformer_jax.planning.roofline import as_groups
 from transformer_jax.planning.trace import trace
-from transformer_jax.sharding import BATCH_AXES, batch_shards
+from transformer_jax.sharding import BATCH_AXES, CONTEXT, batch_shards
 from transformer_jax.train import Trainer, train_step
 
 GATHERED = frozenset(BATCH_AXES)
@@ -28,10 +29,13 @@ BFLOAT16, FLOAT32 = 2, 4
 
 
 def estimated(trainer: Trainer) -> Estimate:
-    """Trace the training step on the rows of one device, and add it up."""
-    shards = batch_shards(trainer.mesh)
+    """Trace the training step on the rows of one device, and add it up.
+
+    With positions divided too, a device has the work of so many fewer rows, or of a share of one.
+    """
+    shards = batch_shards(trainer.mesh) * trainer.mesh.shape[CONTEXT]
     batch = {
-        name: jax.ShapeDtypeStruct((shape[0] // shards, *shape[1:]), dtype)
+        name: jax.ShapeDtypeStruct((-(-shape[0] // shards), *shape[1:]), dtype)
         for name, (shape, dtype) in trainer.experiment.data.batch_shapes().items()
         if name != "example"
     }
@@ -46,7 +50,15 @@ def estimated(trainer: Trainer) -> Estimate:
             known[leaf.shape] = _layout(sharding, leaf)
     tpu = trainer.mesh.devices.flat[0].platform == "tpu"
     program = trace(closed, arguments, known, GATHERED, product=BFLOAT16 if tpu else FLOAT32)
-    return estimate(program, trainer.mesh.shape, GATHERED)
+    found = estimate(program, trainer.mesh.shape, GATHERED)
+    rows = max(shape[0] for shape, _ in trainer.experiment.data.batch_shapes().values())
+    return found if rows % shards == 0 else _shared(found, rows / shards / -(-rows // shards), set(known))
+
+
+def _shared(found: Estimate, share: float, parameters: set[tuple[int, ...]]) -> Estimate:
+    """Take a share of what depends on the rows."""
+    peak = [(value, size if value.shape in parameters else round(share * size)) for value, size in found.peak]
+    return replace(found, flops=round(share * found.flops), traffic=round(share * found.traffic), peak=peak)
 
 
 def _layout(sharding: Any, leaf: Any) -> Layout:
@@ -87,7 +99,7 @@ def expected(trainer: Trainer, guess: Estimate) -> list[Collective]:
     shardings = jax.tree.leaves(trainer.shardings().params)
     for leaf, sharding in zip(jax.tree.leaves(trainer.skeleton.abstract), shardings, strict=True):
         size = math.prod(sharding.shard_shape(leaf.shape)) * width
-        for axis in BATCH_AXES:
+        for axis in (*BATCH_AXES, CONTEXT):
             n = mesh.shape[axis]
             if n == 1:
                 continue

@@ -36,6 +36,8 @@ class Run:
     c_exact: float | None = None
     """Training FLOPs counted matmul by matmul, by the convention named next."""
     c_convention: str | None = None
+    trunk: str | None = None
+    """Run whose first steps it shares; such runs are not independent (`--run trunk --every-row` resamples them so)."""
     train_loss: float | None = None
     seed: int | None = None
     batch: float | None = None
