@@ -51,7 +51,7 @@ def small():
 
 @pytest.mark.usefixtures("beside")
 def test_ratios_say_how_much_faster_we_are():
-    found = bench_peers(small(), ["eager", "compile"], budget=0.01)
+    found = bench_peers(small(), ["eager", "compile"], budget=0.0)
     ratio = found["ratios"]["PyTorch eager"]
     assert (ratio["minima"], ratio["medians"], ratio["cpu_minima"]) == (2.0, 2.0, 1.0)
     # The first step of each turn does not count.
