@@ -65,7 +65,8 @@ def held_out(run: Path, test: str = "") -> dict[str, Any]:
     elif isinstance(data, SpanData):
         scores |= _named(_span_scores(run, data))
     elif isinstance(data, MaskedData):
-        floors = {name: _named({"mlm_accuracy": value}) for name, value in baselines(data).items()}
+        accuracy = {"next": "nsp_accuracy"}  # the others fill gaps
+        floors = {name: _named({accuracy.get(name, "mlm_accuracy"): v}) for name, v in baselines(data).items()}
     elif isinstance(data, PackedData):
         floors = {name: _named(values) for name, values in text_baselines(data).items()}
     elif isinstance(data, FunctionData):
