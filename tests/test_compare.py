@@ -9,7 +9,8 @@ import pytest
 
 from tests.tiny import tiny, write_pairs
 from transformer_jax import loop, verbs
-from transformer_jax.compare import _by_length, compare, with_settings
+from transformer_jax.compare import _by_length, compare
+from transformer_jax.config import with_changes
 from transformer_jax.errors import Interrupted, UserError
 from transformer_jax.models.rnn_seq2seq import RNNSeq2SeqConfig
 
@@ -84,11 +85,12 @@ def test_settings_reach_every_experiment_and_its_schedule():
     one = tiny()
     one = replace(one, optim=replace(one.optim, schedule=replace(one.optim.schedule, steps=one.train.steps)))
     data, train = replace(one.data, max_words=3), replace(one.train, steps=5)
-    changed = with_settings(one, one, data, train)
+    (changed,) = with_changes([one], {"data": data, "train": train})
     assert (changed.data, changed.train) == (data, train)
     assert changed.optim.schedule.steps == 5
     fixed = replace(one, optim=replace(one.optim, schedule=replace(one.optim.schedule, steps=99)))
-    assert with_settings(fixed, fixed, data, train).optim.schedule.steps == 99
+    (changed,) = with_changes([fixed], {"train": train})
+    assert changed.optim.schedule.steps == 99
 
 
 def test_classes_of_length_hold_every_sentence_once():

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformer_jax import logs
 from transformer_jax.checkpoint import steps_of
 from transformer_jax.cli import main
-from transformer_jax.config import ComputeConfig, Experiment, OptimConfig, ScheduleConfig, TrainConfig
+from transformer_jax.config import ComputeConfig, Experiment, OptimConfig, ScheduleConfig, TrainConfig, with_changes
 from transformer_jax.data.packed import PackedText
 from transformer_jax.errors import UserError
 from transformer_jax.logs import read_metrics
@@ -33,7 +33,7 @@ from transformer_jax.sweep import board
 from transformer_jax.sweep.board import Board
 from transformer_jax.sweep.cost import costs
 from transformer_jax.sweep.counts import counts
-from transformer_jax.sweep.grid import iso_flops, rates, short, with_changes
+from transformer_jax.sweep.grid import iso_flops, rates, short
 from transformer_jax.sweep.row import failed, planned
 from transformer_jax.sweep.run import part, sweep
 from transformer_jax.sweep.trunk import families, stable_steps
@@ -265,8 +265,6 @@ def test_bad_plans_end_before_anything_begins(tmp_path):
         sweep("s", [e, e], tmp_path / "out")
     with pytest.raises(UserError, match="does not divide"):
         sweep("s", [replace(e, model=replace(GPT, heads=5))], tmp_path / "out")
-    with pytest.raises(UserError, match=r"train\.steps is what a plan decides"):
-        with_changes([e], {"train": replace(e.train, steps=9)})
     changed = with_changes([e, wsd(e, 9, "b")], {"train": replace(e.train, seed=4)})
     assert [(x.train.seed, x.train.steps) for x in changed] == [(4, 6), (4, 9)]
     assert not (tmp_path / "out").exists()
@@ -283,6 +281,10 @@ def test_a_dry_run_says_what_it_takes(tmp_path, monkeypatch, capsys):
     assert len(runs) == 4
     trained = sum(run["trained"] * run["c"] for run in runs)
     assert f"{trained:.3g} by 6ND" in err
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", "plans.py:plan", "--train.steps", "9"])
+    assert stop.value.code == 2
+    assert "train.steps is what a plan decides" in capsys.readouterr().err
     assert trained < sum(run["c"] for run in runs)
     assert all(run["seconds"] > 0 for run in runs)
     assert not (tmp_path / "runs").exists()

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from transformer_jax.bench import random_pairs
-from transformer_jax.config import Config, DataConfig, Experiment, TrainConfig
+from transformer_jax.bench.batches import sized
+from transformer_jax.bench.train import step_seconds
+from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
 from transformer_jax.evaluate import parallel_text
 from transformer_jax.logs import read_metrics, say
@@ -29,7 +29,6 @@ from transformer_jax.nn.module import parameter_count
 from transformer_jax.plots import Curve, attention_grid, curves
 from transformer_jax.provenance import provenance
 from transformer_jax.report import table, write_report
-from transformer_jax.train import Trainer
 from transformer_jax.translate import Translator
 
 Pair = tuple[str, str]
@@ -37,8 +36,8 @@ Pair = tuple[str, str]
 SAMPLES = 5
 """Held-out sentences whose translations are printed."""
 
-WARM, TIMED = 1, 3
-"""Steps before and in a measurement of speed."""
+TIMED = 3
+"""Steps in a measurement of speed, after one that compiles."""
 
 
 @dataclass(frozen=True)
@@ -106,23 +105,6 @@ def compare(
     return [*write_report("Translation, side by side", sections, out), path]
 
 
-def with_settings(experiment: Experiment, first: Experiment, data: DataConfig, train: TrainConfig) -> Experiment:
-    """Change in an experiment of a plan what was changed in the data and the length of its first.
-
-    A schedule as long as the run stays so.
-    """
-    data = replace(experiment.data, **_changed(first.data, data))
-    train = replace(experiment.train, **_changed(first.train, train))
-    plan = experiment.optim.schedule
-    if plan.steps == experiment.train.steps:
-        plan = replace(plan, steps=train.steps)
-    return replace(experiment, data=data, train=train, optim=replace(experiment.optim, schedule=plan))
-
-
-def _changed(old: Config, new: Config) -> dict[str, Any]:
-    return {name: value for name, value in vars(new).items() if getattr(old, name) != value}
-
-
 def _contest(experiment: Experiment, seeds: int, folder: Path, test: list[Pair]) -> Contestant:
     runs, hypotheses, parameters = [], [], 0
     for seed in range(seeds):
@@ -161,17 +143,12 @@ def _by_length(contestants: list[Contestant], test: list[Pair], language: str) -
 
 def _speed(experiment: Experiment, length: int, tokens: int) -> float:
     """Target tokens a second of the training step at one length, from the fastest of a few steps."""
-    trainer = Trainer.of(experiment)
-    rows = max(tokens // length // experiment.data.rows_multiple, 1) * experiment.data.rows_multiple
-    batch = trainer.put(random_pairs(experiment.model.vocab_size, rows, length))
-    state, step = trainer.init(), trainer.train_step()
-    seconds = []
-    for _ in range(WARM + TIMED):
-        start = time.monotonic()
-        state, _ = jax.block_until_ready(step(state, batch))
-        seconds.append(time.monotonic() - start)
-    say(f"{experiment.name}: {rows * length / min(seconds[WARM:]):,.0f} tokens/s at length {length}")
-    return rows * length / min(seconds[WARM:])
+    multiple = experiment.data.rows_multiple
+    rows = max(tokens // length // multiple, 1) * multiple
+    _, seconds = step_seconds(sized(experiment, rows, length), TIMED)
+    rate = rows * length / min(seconds)
+    say(f"{experiment.name}: {rate:,.0f} tokens/s at length {length}")
+    return rate
 
 
 def _training(contestant: Contestant) -> dict[str, float]:

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -330,3 +330,28 @@ def differences(old: Experiment, new: Experiment) -> list[str]:
 def read_experiment(path: Path) -> Experiment:
     """Read `experiment.json` of a run folder."""
     return Experiment.from_json(path.read_text(encoding="utf-8"), where=str(path))
+
+
+def with_changes(experiments: Sequence[Experiment], settings: Mapping[str, Config]) -> list[Experiment]:
+    """Change in every experiment of a plan what was changed in its first; a schedule as long as its run stays so.
+
+    Args:
+        experiments: the plan.
+        settings: nodes of the first experiment ("data", "train", ...) as they are wanted.
+    """
+    first = experiments[0]
+    changes = {
+        node: {name: value for name, value in vars(wanted).items() if getattr(getattr(first, node), name) != value}
+        for node, wanted in settings.items()
+    }
+
+    def changed(experiment: Experiment) -> Experiment:
+        nodes = {
+            node: dataclasses.replace(getattr(experiment, node), **fields) for node, fields in changes.items() if fields
+        }
+        new, plan = dataclasses.replace(experiment, **nodes), experiment.optim.schedule
+        if plan.steps == experiment.train.steps:
+            plan = dataclasses.replace(plan, steps=new.train.steps)
+        return dataclasses.replace(new, optim=dataclasses.replace(new.optim, schedule=plan))
+
+    return [changed(experiment) for experiment in experiments]

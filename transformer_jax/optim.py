@@ -29,11 +29,18 @@ def schedule(config: ScheduleConfig) -> optax.Schedule:
             return warm(optax.linear_schedule(peak, peak * config.final, steps - warmup))
         case "wsd":
             decay = max(int(steps * config.decay_fraction), 1)
-            stable = max(steps - warmup - decay, 0)
+            stable = optax.constant_schedule(peak)
             cooldown = optax.linear_schedule(peak, peak * config.final, decay)
-            return warm(optax.join_schedules([optax.constant_schedule(peak), cooldown], [stable]))
+            return warm(optax.join_schedules([stable, cooldown], [cooldown_start(config) - warmup]))
         case "constant":
             return warm(optax.constant_schedule(peak))
+
+
+def cooldown_start(config: ScheduleConfig) -> int:
+    """Return the update from which the schedule "wsd" falls."""
+    warmup = max(config.warmup, 1)
+    steps = max(config.steps, config.warmup + 1)
+    return warmup + max(steps - warmup - max(int(steps * config.decay_fraction), 1), 0)
 
 
 def optimizer(config: OptimConfig, letters: Params, width_multiplier: float = 1.0) -> optax.GradientTransformation:

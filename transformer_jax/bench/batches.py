@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from transformer_jax.config import DataConfig, Experiment, flatten
 from transformer_jax.data.linear_functions import LinearFunctions
+from transformer_jax.data.loader import PREFETCHED, rows_of_process
 from transformer_jax.data.masked import MaskedText
 from transformer_jax.data.packed import PackedText
 from transformer_jax.data.task_config import TaskConfig
@@ -88,7 +90,7 @@ def rows_of(shapes: Shapes) -> int:
 
 
 def random_batch(experiment: Experiment) -> Batch:
-    """Make up the largest batch of an experiment: random tokens, no padding, every label there is.
+    """Make up this process's rows of the largest batch of an experiment: random tokens, no padding, every label.
 
     Raises:
         UserError: the batch has an array whose meaning is not known here.
@@ -96,8 +98,9 @@ def random_batch(experiment: Experiment) -> Batch:
     described = {name: it for name, it in experiment.data.batch_shapes().items() if name != "example"}
     labels, random = dict(flatten(experiment)).get("model.labels") or 1, np.random.default_rng(0)
     vocabulary, shapes = experiment.model.vocab_size, {name: shape for name, (shape, _) in described.items()}
+    mine = rows_of_process(np.arange(rows_of(shapes)), jax.process_index(), jax.process_count())
     return {
-        name: _contents(name, shapes, dtype, vocabulary, labels, random).astype(dtype)
+        name: _contents(name, shapes, dtype, vocabulary, labels, random).astype(dtype)[mine]
         for name, (_, dtype) in described.items()
     }
 
@@ -131,7 +134,7 @@ def _contents(
     raise UserError(f"bench cannot make up the array '{name}' of this kind of data: time it with --real-data.")
 
 
-def random_pairs(vocab_size: int, rows: int, length: int) -> Batch:
-    """Make a batch of sentence pairs of `length` random tokens a side, without padding."""
-    ids = np.random.default_rng(0).integers(RESERVED, vocab_size, (rows, length + 1), dtype=np.int32)
-    return {"source": ids[:, 1:], "target": ids}
+def read_ahead_of(data: DataConfig) -> int:
+    """Return how many batches a loader may hold ready, in its buffer and in its threads' hands."""
+    threads = getattr(data, "threads", 0)
+    return (PREFETCHED + 1) * threads

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from transformer_jax.bench.batches import length_of, rows_of, shapes_of
+from transformer_jax.bench.batches import length_of, read_ahead_of, rows_of, shapes_of
 from transformer_jax.bench.ceilings import Ceilings
 from transformer_jax.bench.timing import Timing
 from transformer_jax.bench.train import Effort, bench_train
@@ -46,7 +46,7 @@ def bench_data(
     taken, gaps, held = list[Any](), list[float](), 0
     with one_core() as core:
         iterator = data.train_iterator(experiment.train.seed, jax.process_index(), jax.process_count())
-        for _ in range(5 * getattr(experiment.data, "threads", 0) + 1):
+        for _ in range(read_ahead_of(experiment.data) + 1):
             next(iterator)
         began, busy = time.perf_counter(), time.process_time()
         last = began

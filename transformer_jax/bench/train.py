@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from transformer_jax.bench.account import RANKED, device_memory, roofline, settled, shares, work_of
-from transformer_jax.bench.batches import Shapes, length_of, random_batch, rows_of, shapes_of
+from transformer_jax.bench.batches import Shapes, length_of, random_batch, read_ahead_of, rows_of, shapes_of
 from transformer_jax.bench.ceilings import Ceilings
 from transformer_jax.bench.compiled import compile_step
 from transformer_jax.bench.timing import FEWEST, Timing, repeat
@@ -99,6 +100,19 @@ def checked(experiment: Experiment) -> Trainer:
     return Trainer.of(experiment)
 
 
+def step_seconds(experiment: Experiment, steps: int) -> tuple[float, list[float]]:
+    """Take a few steps on a random batch: seconds of the first, set-up and compiling included, and of each after it."""
+    began = time.perf_counter()
+    trainer = checked(experiment)
+    batch, state, step = trainer.put(random_batch(experiment)), trainer.init(), trainer.train_step()
+    state, _ = jax.block_until_ready(step(state, batch))
+    ends = [time.perf_counter()]
+    for _ in range(steps):
+        state, _ = jax.block_until_ready(step(state, batch))
+        ends.append(time.perf_counter())
+    return ends[0] - began, [end - start for start, end in itertools.pairwise(ends)]
+
+
 def _point(trainer: Trainer, shapes: Shapes, timing: Timing, tokens: float) -> dict[str, Any]:
     return {
         "rows": rows_of(shapes),
@@ -157,7 +171,7 @@ def bench_real(experiment: Experiment, effort: Effort, ceilings: Ceilings) -> di
     trainer = checked(experiment)
     data = experiment.data.open(experiment.model.vocab_size)
     iterator = data.train_iterator(experiment.train.seed, jax.process_index(), jax.process_count())
-    ahead = 5 * getattr(experiment.data, "threads", 0) + 1  # a buffer of four a thread, and what they hold
+    ahead = read_ahead_of(experiment.data) + 1
 
     def use_up() -> None:
         for _ in range(ahead):

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from transformer_jax import distributed
 from transformer_jax.cli.verb import Verb, out
-from transformer_jax.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig
+from transformer_jax.config import ComputeConfig, DataConfig, MeshConfig, TrainConfig, with_changes
 from transformer_jax.errors import UserError
 from transformer_jax.logs import print_json, say
 from transformer_jax.recipes import find_experiments, find_recipe
@@ -23,7 +23,6 @@ from transformer_jax.scaling.runs import Run
 from transformer_jax.scaling.study import plain
 from transformer_jax.scaling.table import TableOptions
 from transformer_jax.sweep.cost import duration, foresee
-from transformer_jax.sweep.grid import with_changes
 from transformer_jax.sweep.register import compare, register
 from transformer_jax.sweep.run import sweep
 
@@ -110,8 +109,11 @@ def _sweep_default(plan: str) -> SweepOptions:
 
 
 def _sweep(plan: str, options: SweepOptions) -> int:
+    planned = find_experiments(plan)
+    if options.train.steps != planned[0].train.steps:
+        raise UserError("train.steps is what a plan decides for each of its runs; write a plan of your own.")
     settings = {node: getattr(options, node) for node in ("data", "train", "compute", "mesh")}
-    experiments = with_changes(find_experiments(plan), settings)
+    experiments = with_changes(planned, settings)
     name = plan.rsplit(":", maxsplit=1)[-1]
     if options.on or options.dry_run:
         runs = foresee(name, experiments, options.on)

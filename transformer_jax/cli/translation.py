@@ -16,8 +16,8 @@ from rich.table import Column, Table
 from transformer_jax import verbs
 from transformer_jax.attention_page import Heads
 from transformer_jax.cli.verb import Verb, experiment_of_run, lines_of, out
-from transformer_jax.compare import compare, with_settings
-from transformer_jax.config import DataConfig, DecodeConfig, TrainConfig
+from transformer_jax.compare import compare
+from transformer_jax.config import DataConfig, DecodeConfig, TrainConfig, with_changes
 from transformer_jax.curves import by_stem, numbered
 from transformer_jax.data.translation import ParallelText
 from transformer_jax.errors import UserError
@@ -218,8 +218,7 @@ def _compare_default(plan: str) -> CompareOptions:
 def _compare(plan: str, options: CompareOptions) -> int:
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}.")
-    planned = find_experiments(plan)
-    experiments = [with_settings(e, planned[0], options.data, options.train) for e in planned]
+    experiments = with_changes(find_experiments(plan), {"data": options.data, "train": options.train})
     out = Path(options.out or Path("runs") / f"compare_{plan.rsplit(':', maxsplit=1)[-1]}")
     if all(isinstance(e.data, ParallelText) for e in experiments):
         files = compare(experiments, options.seeds, out, options.lengths, options.tokens)

@@ -67,6 +67,9 @@ class Plan(Protocol[Entry_co]):
 ENDLESS: Final = 1 << 40
 """Length of a plan without end: larger than any run."""
 
+PREFETCHED: Final = 4
+"""Batches that each thread keeps ready."""
+
 
 def rows_of_process(examples_B: NDArray[np.int64], process_index: int, process_count: int) -> NDArray[np.int64]:
     """Return this process's contiguous block of the global batch, as `make_array_from_process_local_data` wants it.
@@ -88,7 +91,7 @@ def read_ahead(
     """Return an iterator over `plan` whose batches are assembled by `threads` threads (0: when asked for)."""
     import grain  # noqa: PLC0415 - with JAX and Orbax it takes a second, and only training reads
 
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCHED * threads)
     return iter(grain.MapDataset.source(plan).map(assemble).to_iter_dataset(options))
 
 

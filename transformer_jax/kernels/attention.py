@@ -48,9 +48,7 @@ def attention(
     """
     context = mesh_at_hand().shape.get(CONTEXT, 1)
     t, s = q_BTNH.shape[1], k_BSKH.shape[1]
-    if backend == "auto" and (t % context or s % context):
-        backend = "xla"
-    elif backend == "auto":
+    if backend == "auto":
         dropped = dropout if key is not None else 0.0
         demand = Demand(jax.default_backend(), q_BTNH.dtype.name, q_BTNH.shape[-1], dropped, max(t, s), context)
         backend = chosen(backend, demand)

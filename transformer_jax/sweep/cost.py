@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
+from transformer_jax.bench.train import step_seconds
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
 from transformer_jax.logs import say
@@ -18,7 +17,6 @@ from transformer_jax.planning.planner import plan
 from transformer_jax.planning.target import Target, find_target
 from transformer_jax.sweep.counts import Counts, counts, step_flops
 from transformer_jax.sweep.trunk import Family, families
-from transformer_jax.train import Trainer
 
 TIMED = 3
 """Steps timed after the first."""
@@ -78,20 +76,8 @@ def where_measured() -> str:
 
 def _timed(experiment: Experiment) -> tuple[float, float]:
     """Return the seconds of the first step, compiling included, and the least of those after it."""
-    began = time.perf_counter()
-    trainer = Trainer.of(experiment)
-    # Ones are tokens, segments and positions that every kind of data allows.
-    shapes, parts = experiment.data.batch_shapes(), jax.process_count()
-    batch = {n: np.ones((shape[0] // parts, *shape[1:]), dtype) for n, (shape, dtype) in shapes.items()}
-    placed = trainer.put(batch)
-    state, step = trainer.init(), trainer.train_step()
-    state, _ = jax.block_until_ready(step(state, placed))
-    first, seconds = time.perf_counter() - began, []
-    for _ in range(TIMED):
-        began = time.perf_counter()
-        state, _ = jax.block_until_ready(step(state, placed))
-        seconds.append(time.perf_counter() - began)
-    return first, min(seconds)
+    first, rest = step_seconds(experiment, TIMED)
+    return first, min(rest)
 
 
 def planned_speed(target: Target) -> Callable[[Experiment], float | None]:

@@ -7,10 +7,10 @@ cooldown: Haegele 2024), the runs of one size share all steps before their coold
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from transformer_jax.config import Config, Experiment, ModelConfig
+from transformer_jax.config import Experiment, ModelConfig
 from transformer_jax.errors import UserError
 from transformer_jax.sweep.counts import counts
 
@@ -86,26 +86,3 @@ def short(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{letter}"
     return str(round(number))
-
-
-def with_changes(experiments: Sequence[Experiment], settings: Mapping[str, Config]) -> list[Experiment]:
-    """Change in every experiment of a plan what was changed in its first.
-
-    Args:
-        experiments: the plan.
-        settings: nodes of the first experiment ("data", "train", ...) as they are wanted.
-
-    Raises:
-        UserError: the length of the runs was changed, which is what a plan is about.
-    """
-    first = experiments[0]
-    changes = {
-        node: {name: value for name, value in vars(wanted).items() if vars(getattr(first, node))[name] != value}
-        for node, wanted in settings.items()
-    }
-    if "steps" in changes.get("train", {}):
-        raise UserError("train.steps is what a plan decides for each of its runs; write a plan of your own.")
-    return [
-        replace(e, **{node: replace(getattr(e, node), **changed) for node, changed in changes.items() if changed})
-        for e in experiments
-    ]

@@ -17,6 +17,7 @@ from pathlib import Path
 from transformer_jax.checkpoint import steps_of
 from transformer_jax.config import Experiment
 from transformer_jax.logs import read_metrics
+from transformer_jax.optim import cooldown_start
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,7 @@ def stable_steps(experiment: Experiment) -> int:
         return experiment.train.steps
     if schedule.kind != "wsd":
         return 0
-    # As `optim.schedule` lays it out.
-    steps, warmup = max(schedule.steps, schedule.warmup + 1), max(schedule.warmup, 1)
-    stable = warmup + max(steps - warmup - max(int(steps * schedule.decay_fraction), 1), 0)
-    return min(stable, experiment.train.steps)
+    return min(cooldown_start(schedule), experiment.train.steps)
 
 
 def families(experiments: Sequence[Experiment]) -> list[Family]:
