@@ -48,7 +48,9 @@ def attention(
     """
     context = mesh_at_hand().shape.get(CONTEXT, 1)
     t, s = q_BTNH.shape[1], k_BSKH.shape[1]
-    if backend == "auto":
+    if backend == "auto" and (t % context or s % context):
+        backend = "xla"  # decoding reads one position at a time: there is nothing to divide
+    elif backend == "auto":
         dropped = dropout if key is not None else 0.0
         demand = Demand(jax.default_backend(), q_BTNH.dtype.name, q_BTNH.shape[-1], dropped, max(t, s), context)
         backend = chosen(backend, demand)
