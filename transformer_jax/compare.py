@@ -21,7 +21,7 @@ from transformer_jax.bench.batches import sized
 from transformer_jax.bench.train import step_seconds
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
-from transformer_jax.evaluate import parallel_text
+from transformer_jax.evaluate import parallel_text, scores_of
 from transformer_jax.logs import read_metrics, say
 from transformer_jax.loop import train_to_the_end
 from transformer_jax.metrics import bleu, copy_source, nearest_neighbour
@@ -83,8 +83,8 @@ def compare(
         "copy the source": copy_source(test),
         "nearest neighbour": nearest_neighbour(train, [source for source, _ in test]),
     }
-    results = {c.name: [bleu(h, references, data.target, resamples=300) for h in c.hypotheses] for c in contestants}
-    results |= {name: [bleu(h, references, data.target, resamples=300)] for name, h in floors.items()}
+    texts = {c.name: c.hypotheses for c in contestants} | {name: [floor] for name, floor in floors.items()}
+    results = {name: [scores_of(h, references, data.target) for h in each] for name, each in texts.items()}
     by_length = _by_length(contestants, test, data.target)
     speed = {e.name: {t: _speed(e, t, tokens) for t in lengths} for e in experiments}
     _draw(contestants, by_length, speed, out)
@@ -223,14 +223,14 @@ def _sections(figures: dict[str, Any], contestants: list[Contestant], test: list
                 f"{np.mean(scores):.1f}",
                 f"{min(scores):.1f} to {max(scores):.1f}" if len(scores) > 1 else "",
                 f"{low:.1f} to {high:.1f}",
-                f"{np.mean([seed['chrf'] for seed in seeds]):.1f}",
+                *(f"{np.mean([seed[score] for seed in seeds]):.1f}" for score in ("chrf", "rougeL")),
                 f"{training['validation_nll']:.3f}" if training else "",
                 f"{training['tokens_per_second']:,.0f}" if training else "",
                 f"{training['seconds']:.0f}" if training else "",
             ]
         )
-    header = ["model", "parameters", "BLEU", "over seeds", "95 % (test set)", "chrF", "validation loss"]
-    seeds = len(contestants[0].runs)
+    header = ["model", "parameters", "BLEU", "over seeds", "95 % (test set)", "chrF", "ROUGE-L", "validation loss"]
+    seeds, first = len(contestants[0].runs), figures["scores"][contestants[0].name][0]
     steps = figures["experiments"][0]["train"]["steps"]
     intro = (
         f"{data['pairs']['train']:,} training pairs, {steps} steps, {seeds} seed(s); {data['pairs']['test']} test "
@@ -238,7 +238,7 @@ def _sections(figures: dict[str, Any], contestants: list[Contestant], test: list
         f"jax {where['versions']['jax']}; "
         f"commit {where['commit']}; {where['time']}; {figures['minutes']:.1f} minutes. "
         f"Command: `{' '.join(where['command'])}`. "
-        f"BLEU: `{figures['scores'][contestants[0].name][0]['bleu_signature']}`."
+        f"Signatures: `{first['bleu_signature']}`, `{first['rouge_signature']}`."
     )
     return [
         intro,

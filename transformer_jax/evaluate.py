@@ -30,7 +30,7 @@ class Scored:
     translations: list[Translation]
     references: list[str]
     scores: dict[str, Any]
-    """"model" and the floors "copy_source" and "nearest_neighbour": BLEU and chrF, and ROUGE for summaries."""
+    """"model" and the floors "copy_source" and "nearest_neighbour": BLEU, chrF and ROUGE."""
 
 
 def score(translator: Translator, train: Sequence[Pair], test: Sequence[Pair], decode: DecodeConfig) -> Scored:
@@ -51,16 +51,19 @@ def score(translator: Translator, train: Sequence[Pair], test: Sequence[Pair], d
     seconds = time.monotonic() - began
     translations = [output for _, output in sorted(zip(order, done, strict=True), key=lambda pair: pair[0])]
 
-    def scored(hypotheses: Sequence[str]) -> dict[str, Any]:
-        scores = bleu(hypotheses, references, target_language, resamples=300)
-        return scores | rouge(hypotheses, references, target_language)
-
-    scores = {
-        "model": scored([t.text for t in translations]) | {"sentences_per_second": len(test) / seconds},
-        "copy_source": scored(copy_source(test)),
-        "nearest_neighbour": scored(nearest_neighbour(train, sources)),
+    texts = {
+        "model": [t.text for t in translations],
+        "copy_source": copy_source(test),
+        "nearest_neighbour": nearest_neighbour(train, sources),
     }
+    scores = {name: scores_of(each, references, target_language) for name, each in texts.items()}
+    scores["model"]["sentences_per_second"] = len(test) / seconds
     return Scored(translations, references, scores)
+
+
+def scores_of(hypotheses: Sequence[str], references: Sequence[str], language: str) -> dict[str, Any]:
+    """BLEU and chrF with their intervals over 300 resamples, and ROUGE, of texts against one reference each."""
+    return bleu(hypotheses, references, language, resamples=300) | rouge(hypotheses, references, language)
 
 
 def parallel_text(experiment: Experiment) -> ParallelText:

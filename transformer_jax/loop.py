@@ -54,12 +54,6 @@ def run_training(experiment: Experiment, run: Path) -> tuple[Outcome, OpenData]:
     iterator = data.train_iterator(experiment.train.seed, jax.process_index(), jax.process_count())
     say(trainer.describe())
     say(data.describe())
-    plan = experiment.optim.schedule
-    if plan.kind in ("cosine", "linear", "wsd") and plan.steps != experiment.train.steps:
-        say(
-            f"note: the learning rate decays over optim.schedule.steps={plan.steps}, but the run has "
-            f"train.steps={experiment.train.steps}; give both to change both"
-        )
     run.mkdir(parents=True, exist_ok=True)
     tokenizer_json = data.tokenizer.to_json() if data.tokenizer else ""
     checkpoints = Checkpoints(run, trainer, tokenizer_json, labels, say)

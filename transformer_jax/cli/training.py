@@ -145,6 +145,12 @@ def _train_default(target: str) -> TrainOptions:
 
 def _train(_: str, options: TrainOptions) -> int:
     distributed.initialize()
+    plan, steps = options.experiment.optim.schedule, options.experiment.train.steps
+    if plan.kind in ("cosine", "linear", "wsd") and plan.steps != steps:
+        say(
+            f"note: the learning rate decays over optim.schedule.steps={plan.steps}, but the run has "
+            f"train.steps={steps}; give both to change both"
+        )
     outcome = verbs.train(options.experiment, options.out or None)
     if options.json:
         print_json(dataclasses.asdict(outcome) | {"run": str(outcome.run)})
