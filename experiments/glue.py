@@ -15,6 +15,8 @@ class Task:
     """Of training."""
     labels: int
     kind: Kind = "classes"
+    similarity: bool = False
+    """Whether it is about how alike two texts are, so that their order means nothing."""
 
     @property
     def steps(self) -> int:
@@ -25,9 +27,9 @@ class Task:
 GLUE = {
     "cola": Task(8_551, 2),
     "sst2": Task(67_349, 2),
-    "mrpc": Task(3_668, 2),
-    "qqp": Task(363_846, 2),
-    "stsb": Task(5_749, 1, "number"),
+    "mrpc": Task(3_668, 2, similarity=True),
+    "qqp": Task(363_846, 2, similarity=True),
+    "stsb": Task(5_749, 1, "number", similarity=True),
     "mnli": Task(392_702, 3),
     "qnli": Task(104_743, 2),
     "rte": Task(2_490, 2),

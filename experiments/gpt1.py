@@ -15,6 +15,7 @@ from transformer_jax.config import (
     TrainConfig,
 )
 from transformer_jax.data.labelled import LabelledText
+from transformer_jax.data.labelled_layout import LayoutName
 from transformer_jax.data.packed import PackedText
 from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.objectives import CausalLM, Classification
@@ -53,13 +54,14 @@ def gpt1() -> Experiment:
 def _glue(task: str) -> Experiment:
     """GPT-1 with a head; give --init.run, a run of `gpt1`."""
     first, facts = gpt1(), GLUE[task]
+    layout: LayoutName = "gpt_both" if facts.similarity else "gpt"
     steps = facts.steps
     return replace(
         first,
         name=f"gpt1_glue_{task}",
         model=replace(GPT1, task="classify", labels=facts.labels),
         objective=Classification(kind=facts.kind, lm_weight=0.5),
-        data=LabelledText(dataset=f"glue/{task}", kind=facts.kind, layout="gpt", max_length=128, batch_rows=32),
+        data=LabelledText(dataset=f"glue/{task}", kind=facts.kind, layout=layout, max_length=128, batch_rows=32),
         optim=replace(
             first.optim,
             schedule=ScheduleConfig(kind="linear", peak=6.25e-5, warmup=max(round(0.002 * steps), 1), steps=steps),

@@ -170,6 +170,27 @@ def test_the_layout_of_gpt_ends_with_the_extract_token(write, letters) -> None:
     assert marked.tokenizer.tokens(tokens[:6]) == ["[CLS]", "a", "##b", "[SEP]", "c", "[SEP]"]
 
 
+def test_both_orders_are_the_same_tokens_with_the_texts_exchanged(write, letters) -> None:
+    texts = [("ab", "c"), ("a", "d"), ("c", "a b c d"), ("a b c d a b c d", "d c b a")]
+    there = tsv([("text", "text_pair", "label"), *((a, b, "xy"[i % 2]) for i, (a, b) in enumerate(texts * 6))])
+    back = tsv([("text", "text_pair", "label"), *((b, a, "xy"[i % 2]) for i, (a, b) in enumerate(texts * 6))])
+
+    def rows(name: str, text: str, layout: str) -> dict:
+        file = write(name, text)
+        config = LabelledText(file, layout=layout, **same(file), tokenizer=str(letters), max_length=12, batch_rows=8)
+        return by_example(config.open(99).validation_batches())
+
+    both, swapped = rows("there.tsv", there, "gpt_both"), rows("back.tsv", back, "gpt")
+    assert len(both) == len(swapped) > 20
+    for example, row in both.items():
+        assert row["swapped"].tolist() == swapped[example]["tokens"].tolist()
+        assert row["segments"].tolist() == swapped[example]["segments"].tolist()
+    single = write("single.tsv", tsv([("text", "label"), *(("a", "x"), ("b", "y")) * 9]))
+    config = LabelledText(single, layout="gpt_both", **same(single), max_length=12, batch_rows=8)
+    with pytest.raises(UserError, match=r"gpt_both reads pairs of texts, .* has single ones; set gpt"):
+        config.open(260)
+
+
 TAGGED = [
     (["고양이", "abc", "강"], ["B-X", "O", "B-Y"]),
     (["a", "\u200b", "bc"], ["O", "B-X", "I-X"]),

@@ -69,6 +69,8 @@ class MeshConfig(Config):
     """Shares of heads, feed-forward width and vocabulary."""
     context: int = 1
     """Shares of the positions of a row, for long ones: keys and values travel around the devices (ring attention)."""
+    expert: int = 1
+    """Shares of the experts (and of the batch): tokens travel to the devices that have theirs, and back."""
 
 
 @dataclass(frozen=True)

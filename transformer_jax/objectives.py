@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from transformer_jax.config import ObjectiveConfig
 from transformer_jax.errors import UserError
+from transformer_jax.nn.moe import Routes
 from transformer_jax.sharding import CONTEXT, mesh_at_hand
 
 Batch = dict[str, jax.Array]
@@ -113,13 +114,18 @@ class CausalLM(ObjectiveConfig):
             raise UserError(f"objective.z_loss and .chunk must not be negative, got {self.z_loss} and {self.chunk}.")
 
     def weights(self, batch: Batch) -> Weights:
-        """Count the targets."""
-        return {"tokens": _count(batch["targets"] >= 0)}
+        """Count the targets, and the real positions."""
+        return {"tokens": _count(batch["targets"] >= 0), "positions": _count(batch["segments"] != 0)}
 
     def __call__(self, model: Any, batch: Batch, key: jax.Array | None) -> Sums:
         """Sum over the targets; "bytes" is the text they stand for."""
-        x_BTD = model.features(batch["tokens"], batch["segments"], batch["positions"], key=key)
-        return {"tokens": self.score(model, x_BTD, batch["targets"]) | {"bytes": batch["bytes"].sum()}}
+        routing: dict[str, jax.Array] = {}
+        if isinstance(model, Routes):
+            x_BTD, routing = model.routed(batch, key=key)
+        else:
+            x_BTD = model.features(batch["tokens"], batch["segments"], batch["positions"], key=key)
+        sums = {"tokens": self.score(model, x_BTD, batch["targets"]) | {"bytes": batch["bytes"].sum()}}
+        return sums | ({"positions": routing} if routing else {})
 
     def score(self, model: Any, x_BTD: jax.Array, targets_BT: jax.Array) -> dict[str, jax.Array]:
         """Sum loss, nll and hits over targets that are not negative."""
@@ -234,9 +240,13 @@ class Classification(ObjectiveConfig):
 
     def __call__(self, model: Any, batch: Batch, key: jax.Array | None) -> Sums:
         """Sum over labels: cross-entropy and hits, or the squared error."""
-        read_key, head_key = (None, None) if key is None else jax.random.split(key)
-        x_BTD = model.read(batch, key=read_key)
-        logits = model.label(x_BTD, batch["segments"], key=head_key)
+        read_key, label_key = (None, None) if key is None else jax.random.split(key)
+        routing: dict[str, jax.Array] = {}
+        if isinstance(model, Routes):
+            x_BTD, routing = model.routed(batch, key=read_key)
+        else:
+            x_BTD = model.read(batch, key=read_key)
+        logits = label_scores(model, x_BTD, batch, label_key)
         if self.kind == "number":
             real_B = (batch["segments"] != 0).any(-1).astype(jnp.float32)
             error = (jnp.square(logits[..., 0] - batch["label"]) * real_B).sum()
@@ -247,7 +257,21 @@ class Classification(ObjectiveConfig):
         if self.lm_weight:
             nll = CausalLM().score(model, x_BTD, batch["targets"])["nll"]
             sums["targets"] = {"loss": self.lm_weight * nll, "lm_nll": nll}
-        return sums
+        return sums | ({"tokens": routing} if routing else {})
+
+
+def label_scores(model: Any, x_BTD: jax.Array, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+    """Score the labels of rows that have been read: float32 [B, Z], or [B, T, Z] of tags.
+
+    If the texts of a row come in the other order too ("swapped"), that is read as well and the scores are added up
+    (Radford 2018, section 3.3).
+    """
+    scores: jax.Array = model.label(x_BTD, batch["segments"], key=key)
+    if "swapped" in batch:
+        read_key, label_key = (None, None) if key is None else jax.random.split(jax.random.fold_in(key, 1))
+        other_BTD = model.read({**batch, "tokens": batch["swapped"]}, key=read_key)
+        scores += model.label(other_BTD, batch["segments"], key=label_key)
+    return scores
 
 
 @dataclass(frozen=True)

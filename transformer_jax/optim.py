@@ -59,7 +59,7 @@ def optimizer(config: OptimConfig, letters: Params, width_multiplier: float = 1.
         raise UserError(f"model.base_width: the rates of muP are known for optim.kind=adam, not for {config.kind}.")
     # No vectors, stacked or not, and no biases, which those of attention heads are matrices of in shape only.
     decays = jax.tree_util.tree_map_with_path(
-        lambda path, names: path[-1].key != "bias" and len(names.removeprefix("L")) > 1, letters
+        lambda path, names: path[-1].key != "bias" and len(names) - _stacked(names) > 1, letters
     )
     rate = schedule(config.schedule)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
@@ -95,6 +95,11 @@ _MATRICES = {"DNH": 1, "DKH": 1, "NHD": 2, "DF": 1, "FD": 1}
 """Layouts of the hidden matrices, with the number of axes that are contracted; the others are what comes out."""
 
 
+def _stacked(names: str) -> int:
+    """Count the first axes along which a parameter is several: layers, experts."""
+    return len(names) - len(names.removeprefix("L").removeprefix("E"))
+
+
 _HEADS = ("DZ",)
 """Layouts of matrices that read the width and write something of fixed size; tables ("VD") are scaled as inputs."""
 
@@ -110,9 +115,9 @@ def _divided(width_multiplier: float, letters: Params) -> optax.GradientTransfor
 
 
 def _matrix(names: str) -> contrib.MuonDimensionNumbers | None:
-    """Say which axes of a parameter make a matrix, by layer; None (embeddings, heads, vectors) is left to Adam."""
-    stacked = names.startswith("L")
-    inner = names.removeprefix("L")
+    """Say which axes of a parameter make a matrix, by layer and expert; None (tables, heads, vectors) is Adam's."""
+    stacked = _stacked(names)
+    inner = names[stacked:]
     if inner not in _MATRICES:
         return None
     axes = tuple(range(stacked, len(names)))
@@ -121,13 +126,15 @@ def _matrix(names: str) -> contrib.MuonDimensionNumbers | None:
 
 
 def _by_layer(inner: optax.GradientTransformation, letters: Params) -> optax.GradientTransformation:
-    """Apply a transformation without state to each layer of a stacked parameter by itself."""
+    """Apply a transformation without state to each layer, and each expert of it, by itself."""
 
     def one(names: str, update: jax.Array, param: jax.Array) -> jax.Array:
         def apply(update: jax.Array, param: jax.Array) -> jax.Array:
             return inner.update(update, inner.init(param), param)[0]
 
-        return (jax.vmap(apply) if names.startswith("L") else apply)(update, param)
+        for _ in range(_stacked(names)):
+            apply = jax.vmap(apply)
+        return apply(update, param)
 
     def update(updates: Params, state: optax.OptState, params: Params | None) -> tuple[Params, optax.OptState]:
         return jax.tree.map(one, letters, updates, params), state

@@ -25,6 +25,7 @@ from transformer_jax.errors import UserError
 from transformer_jax.models.bert import BertConfig
 from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.nn.module import Params, Skeleton
+from transformer_jax.objectives import label_scores
 from transformer_jax.sharding import batch_sharding, batch_shards, make_mesh
 from transformer_jax.storage import run_path
 
@@ -71,7 +72,8 @@ class Reader:
         run = run_path(run)
         experiment, tokenizer_json = load_meta(run)
         if not isinstance(experiment.model, BertConfig | GPTConfig):
-            raise UserError(f"{run} holds a {type(experiment.model).__name__}, which writes; use `tjax translate`.")
+            kind = type(experiment.model).__name__
+            raise UserError(f"{run} holds a {kind}, which writes; use `tjax translate` or `tjax generate`.")
         skeleton = Skeleton.of(experiment.model, replace(experiment.compute, attention="xla", remat="none"))
         mesh = make_mesh(MeshConfig())
         params, _ = load_params(run, skeleton, mesh)
@@ -257,7 +259,7 @@ class Reader:
     def _label(self) -> Any:
         def label(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
             model = self.skeleton.bind(params)
-            return model.label(model.read(batch), batch["segments"])
+            return label_scores(model, model.read(batch), batch)
 
         return jax.jit(label)
 

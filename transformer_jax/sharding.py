@@ -18,11 +18,17 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from transformer_jax.config import MeshConfig
 from transformer_jax.errors import UserError
 
-AXES = ("data", "fsdp", "context", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 """From the slowest network to the fastest: tensor exchanges most often."""
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes that divide the rows of a batch."""
+
+DATA = "data"
+"""Mesh axis along which several slices lie."""
+
+EXPERT = "expert"
+"""Mesh axis that divides experts; tokens travel along it to theirs and back."""
 
 CONTEXT = "context"
 """Mesh axis that divides the positions of a row."""
@@ -33,6 +39,7 @@ PARAMETER_AXES: dict[str, str | None] = {
     "K": "tensor",
     "F": "tensor",
     "D": "fsdp",
+    "E": EXPERT,
     "H": None,
     "T": None,
     "Z": None,
@@ -46,6 +53,7 @@ ACTIVATION_AXES: dict[str, str | tuple[str, ...] | None] = {
     "K": "tensor",
     "F": "tensor",
     "D": None,
+    "E": None,
     "H": None,
     "Z": None,
     "T": CONTEXT,
@@ -54,26 +62,48 @@ ACTIVATION_AXES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arrange the devices (all, unless given) as data x fsdp x context x tensor.
+def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, int]:
+    """Return the devices along each axis, where -1 has taken what is left.
 
     Raises:
-        UserError: the product of the axes is not the number of devices.
+        UserError: the product of the axes is not the number of devices, or the slices do not divide data.
     """
-    devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise UserError(f"mesh: axes must be positive, at most one -1; got {dict(zip(AXES, sizes, strict=True))}.")
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise UserError(f"mesh {shape} does not match {len(devices)} device(s); --mesh.data -1 takes what is left.")
+    sizes = {axis: int(getattr(config, axis)) for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+        raise UserError(f"mesh: axes must be positive, at most one -1; got {sizes}.")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free and devices % known == 0:
+        sizes[free[0]] = devices // known
+    if math.prod(sizes.values()) != devices:
+        shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise UserError(f"mesh {shape} does not match {devices} device(s); --mesh.data -1 takes what is left.")
+    if sizes[DATA] % slices:
+        raise UserError(
+            f"mesh data={sizes[DATA]} does not divide among {slices} slices, whose network is too slow for the other "
+            f"axes; set --mesh.data to a multiple of {slices}."
+        )
+    return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange the devices (all, unless given) along the axes of the mesh.
+
+    Several TPU slices lie along data, the axis that exchanges least: the network that joins them is slow.
+
+    Raises:
+        UserError: the axes do not suit the devices.
+    """
+    flat = list(jax.devices()) if devices is None else np.asarray(devices).flatten().tolist()
+    slices = len({getattr(device, "slice_index", 0) for device in flat if device.platform == "tpu"}) or 1
+    sizes = mesh_sizes(config, len(flat), slices)
     # A TPU's network has dimensions of its own; an axis may take a part of one.
-    arranged = mesh_utils.create_device_mesh(
-        sizes, np.asarray(devices).flatten().tolist(), allow_split_physical_axes=True
-    )
+    if slices > 1:
+        joined = [slices if axis == DATA else 1 for axis in AXES]
+        within = [size // n for size, n in zip(sizes.values(), joined, strict=True)]
+        arranged = mesh_utils.create_hybrid_device_mesh(within, joined, flat, allow_split_physical_axes=True)
+    else:
+        arranged = mesh_utils.create_device_mesh([*sizes.values()], flat, allow_split_physical_axes=True)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -96,8 +126,14 @@ def parameter_shardings(abstract: Any, letters: Any, mesh: Mesh) -> Any:
     """Map a tree of abstract parameters and its tree of letters to a tree of shardings.
 
     Raises:
-        UserError: an axis does not divide a dimension. Nothing is silently replicated.
+        UserError: an axis does not divide a dimension, or there is nothing for it to divide. Nothing is silently
+            replicated.
     """
+    if mesh.shape[EXPERT] > 1 and not any("E" in names for names in jax.tree.leaves(letters)):
+        raise UserError(
+            f"mesh.expert={mesh.shape[EXPERT]} divides experts, and this model has none; set --mesh.expert 1, or "
+            "--model.experts.count of a decoder."
+        )
 
     def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, names: str) -> NamedSharding:
         where = jax.tree_util.keystr(path, simple=True, separator=".")

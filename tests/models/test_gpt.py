@@ -17,7 +17,7 @@ from transformer_jax.errors import UserError
 from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.nn.module import Skeleton, parameter_count
 from transformer_jax.nn.stack import stack_layers, unstack_layers
-from transformer_jax.objectives import CausalLM, means
+from transformer_jax.objectives import CausalLM, label_scores, means
 from transformer_jax.recipes import find_recipe
 from transformer_jax.train import Trainer
 
@@ -320,6 +320,17 @@ def test_labels_are_read_at_the_last_real_token(tokens):
     assert scores.shape == (B, 3)
     x_BTD = jax.jit(model.features)(tokens)
     np.testing.assert_allclose(scores, model.head(x_BTD[np.arange(B), length_B - 1]), atol=2e-5)
+
+
+def test_both_orders_of_two_texts_score_the_same_as_their_exchange(tokens):
+    model = model_of(replace(GPT2, task="classify", labels=3), SCANNED)
+    batch = {"tokens": tokens, "segments": jnp.ones_like(tokens), "swapped": jnp.roll(tokens, 3, axis=1)}
+    exchanged = batch | {"tokens": batch["swapped"], "swapped": tokens}
+    score = jax.jit(lambda b: label_scores(model, model.read(b), b))
+    one, other = score(batch), score(exchanged)
+    np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    alone = {name: array for name, array in batch.items() if name != "swapped"}
+    assert jnp.abs(one - score(alone)).max() > 1e-3
 
 
 @pytest.mark.parametrize(

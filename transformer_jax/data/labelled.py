@@ -25,7 +25,7 @@ class LabelledText(TaskConfig):
     A batch is {"tokens", "types" (1 in the second text), "segments" (1 real, 0 padding): int32 [B, T]; "label": int32
     [B] (-1: none), float32 [B], or for tags int32 [B, T] (-1 but at the first token of each word); "example": int64
     [B]}, and for the layout "gpt" also "targets": int32 [B, T], the next token (-1: none), for the auxiliary loss of
-    Radford 2018, section 3.2.
+    Radford 2018, section 3.2; for "gpt_both" also "swapped": int32 [B, T], the texts in the other order.
     """
 
     kind: Kind = "classes"
@@ -41,7 +41,8 @@ class LabelledText(TaskConfig):
     labels: tuple[str, ...] = ()
     """Names of the classes or tags in the order of their numbers; empty is those of TFDS, or of training, sorted."""
     layout: LayoutName = "bert"
-    """[CLS] a [SEP] b [SEP] for an encoder, or start a delimiter b extract for a decoder (Radford 2018)."""
+    """[CLS] a [SEP] b [SEP] for an encoder, or start a delimiter b extract for a decoder (Radford 2018); gpt_both reads
+    two texts in both orders and adds up what they say, for similarity (section 3.3)."""
 
     def check(self) -> None:
         """Raise `UserError` for values that contradict each other; looks at no data."""
@@ -50,7 +51,7 @@ class LabelledText(TaskConfig):
             raise UserError(f"data.labels must be at least two different names, got {self.labels}.")
         if self.labels and self.kind == "number":
             raise UserError("data.labels names classes, but data.kind = number has none.")
-        if self.kind == "tags" and (self.text_pair or self.layout == "gpt"):
+        if self.kind == "tags" and (self.text_pair or self.layout != "bert"):
             raise UserError("data.kind = tags takes one text in the layout bert, no data.text_pair.")
         task = known(self.dataset)
         if task and task.kind != self.kind:
@@ -69,6 +70,8 @@ class LabelledText(TaskConfig):
         self.check()
         given = Columns(self.text, self.text_pair, self.label, self.group)
         tables = open_tables(self.dataset, given, self.kind, self.parts(), self.data_dir)
+        if self.layout == "gpt_both" and not tables.paired:
+            raise UserError(f"data.layout=gpt_both reads pairs of texts, {self.dataset} has single ones; set gpt.")
         train = tables.splits["train"]
         labels = self.labels or tables.classes or (() if self.kind == "number" else learnt_labels(train, self.kind))
 
@@ -95,8 +98,8 @@ class LabelledText(TaskConfig):
         rows, cells = (self.batch_rows,), (self.batch_rows, self.max_length)
         label = {"classes": (rows, "int32"), "number": (rows, "float32"), "tags": (cells, "int32")}[self.kind]
         shapes = dict.fromkeys(("tokens", "types", "segments"), (cells, "int32"))
-        targets = {"targets": (cells, "int32")} if self.layout == "gpt" else {}
-        return {**shapes, "label": label, "example": (rows, "int64"), **targets}
+        more = {"bert": (), "gpt": ("targets",), "gpt_both": ("targets", "swapped")}[self.layout]
+        return {**shapes, "label": label, "example": (rows, "int64"), **dict.fromkeys(more, (cells, "int32"))}
 
 
 def _texts(table: Table) -> Iterator[str]:

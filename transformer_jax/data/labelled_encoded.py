@@ -59,6 +59,8 @@ class TextEncoder:
 
         Raises `UserError` for an empty text, or texts and pairs of different number.
         """
+        if pairs is None and self.layout.name == "gpt_both":
+            raise UserError("this model compares two texts; give a second one for each.")
         if pairs is not None and len(pairs) != len(texts):
             raise UserError(f"{len(texts)} texts but {len(pairs)} second texts.")
         examples = [
@@ -189,8 +191,19 @@ def _batch(encoded: Encoded, layout: Layout, kind: Kind, length: int, chosen_B: 
         "label": label,
         "example": chosen_B.astype(np.int64),
     }
-    if layout.name == "gpt":
+    if layout.name == "gpt_both":
+        order_BT = _other_order(encoded.first[row_B][:, None], length_B[:, None], position_T)
+        arrays["swapped"] = np.where(inside_BT, np.take_along_axis(tokens_BT, order_BT % length, axis=1), tokens_BT)
+    if layout.name != "bert":
         # Token t is predicted from those before it; what follows the last one is not.
         following_BT = np.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
         arrays["targets"] = np.where(np.pad(inside_BT[:, 1:], ((0, 0), (0, 1))), following_BT, -1).astype(np.int32)
     return arrays
+
+
+def _other_order(first_B1: NDArray[Any], length_B1: NDArray[np.int64], t_T: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where the tokens of start b delimiter a extract stand in start a delimiter b extract: [B, T]."""
+    second_B1 = length_B1 - first_B1 - 1
+    last = t_T == length_B1 - 1
+    behind = np.where(t_T == second_B1 + 1, first_B1 - 1, np.where(last, t_T, t_T - second_B1 - 1))
+    return np.where(t_T == 0, 0, np.where(t_T <= second_B1, first_B1 + t_T - 1, behind))

@@ -10,7 +10,7 @@ import numpy as np
 from transformer_jax.data.tokenizer import Tokenizer
 from transformer_jax.errors import UserError
 
-LayoutName = Literal["bert", "gpt"]
+LayoutName = Literal["bert", "gpt", "gpt_both"]
 
 
 class Sequenced(NamedTuple):
@@ -45,7 +45,8 @@ class Layout:
 
     "bert" (Devlin 2019, section 3): [CLS] a [SEP], or [CLS] a [SEP] b [SEP]; by role `cls` and `sep`. "gpt" (Radford
     2018, section 3.3): start a extract, or start a delimiter b extract, where start is the tokenizer's `bos`, extract
-    its `eos`, and the delimiter its `sep`, or `eos` again if it has none. The extract token is the last one.
+    its `eos`, and the delimiter its `sep`, or `eos` again if it has none. The extract token is the last one. "gpt_both"
+    lays two texts out like "gpt", to be read in the other order too: for similarity, which has no order.
     """
 
     def __init__(self, name: LayoutName, tokenizer: Tokenizer, max_length: int, where: str) -> None:

@@ -8,12 +8,13 @@ from transformer_jax.interop.bert import BERT
 from transformer_jax.interop.fields import Fields
 from transformer_jax.interop.gpt2 import GPT2
 from transformer_jax.interop.llama import LLAMA
+from transformer_jax.interop.mixtral import MIXTRAL
 from transformer_jax.interop.table import Family
 from transformer_jax.models.bert import BertConfig
 from transformer_jax.models.bert_seq2seq import BertSeq2SeqConfig
 from transformer_jax.models.gpt import GPTConfig
 
-FAMILIES = (BERT, GPT2, LLAMA)
+FAMILIES = (BERT, GPT2, LLAMA, MIXTRAL)
 
 
 def reader_of(fields: Fields) -> Family:
@@ -33,5 +34,7 @@ def writer_of(config: ModelConfig) -> Family:
     if isinstance(config, BertConfig) and not isinstance(config, BertSeq2SeqConfig):
         return BERT
     if isinstance(config, GPTConfig):
+        if config.experts.count:
+            return MIXTRAL
         return LLAMA if config.norm == "rmsnorm" else GPT2
     raise UserError(f"there is no counterpart of {type(config).__name__}; BertConfig and GPTConfig are exported.")

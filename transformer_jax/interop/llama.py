@@ -37,15 +37,15 @@ _ROWS = (
 )
 
 
-def _read(fields: Fields, names: frozenset[str]) -> GPTConfig:
-    kind, layers = fields.model_type, fields.take("num_hidden_layers", int)
+def read_decoder(fields: Fields, kind: str) -> GPTConfig:
+    """Read what the relatives of Llama have in common; "kind" says what an absent field means."""
+    layers = fields.take("num_hidden_layers", int)
     fields.require(hidden_act="silu", is_encoder_decoder=False, is_decoder=False, add_cross_attention=False)
     bias = fields.take("attention_bias", bool, False)
     if bias != fields.take("mlp_bias", bool, False):
         raise UserError(f"{fields.where}: attention_bias={bias} without the same mlp_bias is not supported.")
     heads = fields.take("num_attention_heads", int)
-    # What an absent field means is not the same in all of them.
-    kv_heads = {"llama": heads, "mistral": 8, "qwen3": 32}[kind]
+    kv_heads = {"llama": heads, "mistral": 8, "mixtral": 8, "qwen3": 32}[kind]
     return GPTConfig(
         vocab_size=fields.take("vocab_size", int),
         context=fields.take("max_position_embeddings", int),
@@ -58,11 +58,11 @@ def _read(fields: Fields, names: frozenset[str]) -> GPTConfig:
         activation="silu",
         gated=True,
         norm="rmsnorm",
-        norm_eps=fields.take("rms_norm_eps", float, 1e-6),
+        norm_eps=fields.take("rms_norm_eps", float, 1e-5 if kind == "mixtral" else 1e-6),
         bias=bias,
         qk_norm=kind == "qwen3",
         positions="rope",
-        rope_theta=_rope_theta(fields),
+        rope_theta=_rope_theta(fields, 1e6 if kind == "mixtral" else 10_000.0),
         windows=_windows(fields, kind, layers),
         tied=fields.take("tie_word_embeddings", bool, False),
         dropout=fields.take("attention_dropout", float, 0.0),
@@ -71,10 +71,10 @@ def _read(fields: Fields, names: frozenset[str]) -> GPTConfig:
     )
 
 
-def _rope_theta(fields: Fields) -> float:
+def _rope_theta(fields: Fields, default: float) -> float:
     """Read the base of the angles, as versions 4 and 5 of transformers write it; angles that are scaled are refused."""
     rope = fields.take("rope_parameters", dict, {}) | fields.take("rope_scaling", dict, {})
-    theta = rope.pop("rope_theta", None) or fields.take("rope_theta", float, 10_000.0)
+    theta = rope.pop("rope_theta", None) or fields.take("rope_theta", float, default)
     fields.require(rope_theta=theta, partial_rotary_factor=1.0)
     if rope.get("partial_rotary_factor") == 1.0:
         del rope["partial_rotary_factor"]
@@ -89,9 +89,10 @@ def _windows(fields: Fields, kind: str, layers: int) -> tuple[int, ...]:
     """Read how far back each layer sees; () if all see everything."""
     if kind == "llama":
         return ()
-    # Absent means 4096 there, null means none.
-    window = fields.take("sliding_window", int, 0 if "sliding_window" in fields.values else 4096)
-    if kind == "mistral":
+    # Absent means 4096 there, null means none; so does absent in Mixtral.
+    absent = 0 if "sliding_window" in fields.values or kind == "mixtral" else 4096
+    window = fields.take("sliding_window", int, absent)
+    if kind in ("mistral", "mixtral"):
         return (window,) if window else ()
     first = fields.take("max_window_layers", int, 28)
     window = window if fields.take("use_sliding_window", bool, False) else 0
@@ -103,7 +104,8 @@ def _windows(fields: Fields, kind: str, layers: int) -> tuple[int, ...]:
     return windows if any(windows) else ()
 
 
-def _write(config: GPTConfig) -> dict[str, Any]:
+def write_decoder(config: GPTConfig) -> dict[str, Any]:
+    """Return the config.json of a decoder of this dialect; raises `UserError` for what it cannot say."""
     block = config.block
     windows = {config.window(i) for i in range(config.layers)}
     differs = {
@@ -146,8 +148,8 @@ def _write(config: GPTConfig) -> dict[str, Any]:
 LLAMA = Family(
     name="llama",
     model_types=("llama", "mistral", "qwen3"),
-    read=_read,
-    write=_write,
+    read=lambda fields, _: read_decoder(fields, fields.model_type),
+    write=write_decoder,
     rows=lambda _: _ROWS,
     outputs=outputs,
     prefix="model.",

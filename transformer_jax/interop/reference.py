@@ -154,7 +154,8 @@ def llama(config: Config, read: Read, names: frozenset[str], batch: Batch) -> di
     """Touvron 2023, with Ainslie 2023 (grouped queries); Jiang 2023 (windows); Qwen 3 (norms of queries and keys)."""
     tokens_BT = batch["tokens"]
     b, t = tokens_BT.shape
-    heads, eps = config["num_attention_heads"], config.get("rms_norm_eps", 1e-6)
+    heads, mixtral = config["num_attention_heads"], config["model_type"] == "mixtral"
+    eps = config.get("rms_norm_eps", 1e-5 if mixtral else 1e-6)
     kv_heads = config.get("num_key_value_heads", heads)
     rope = config.get("rope_parameters") or config
     theta = rope.get("rope_theta", 10_000.0)
@@ -182,6 +183,9 @@ def llama(config: Config, read: Read, names: frozenset[str], batch: Batch) -> di
         visible_BTS = causal(batch, windows[i])
         x = x + linear(attend(rotate(q), k, v, visible_BTS), read, f"{at}.self_attn.o_proj", bias=bias)
         h = rms_norm(x, read, f"{at}.post_attention_layernorm", eps)
+        if config["model_type"] == "mixtral":
+            x = x + mixture(h, read, f"{at}.block_sparse_moe", config)
+            continue
         gate = ACTIVATIONS["silu"](linear(h, read, f"{at}.mlp.gate_proj", bias=bool(config.get("mlp_bias"))))
         h = gate * linear(h, read, f"{at}.mlp.up_proj", bias=bool(config.get("mlp_bias")))
         x = x + linear(h, read, f"{at}.mlp.down_proj", bias=bool(config.get("mlp_bias")))
@@ -189,9 +193,26 @@ def llama(config: Config, read: Read, names: frozenset[str], batch: Batch) -> di
     return {"next": scores(x, read, "embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight")}
 
 
+def mixture(x_BTD: Array, read: Read, name: str, config: Config) -> Array:
+    """Jiang 2024, section 2.1: the softmax of the best scores weighs their experts."""
+    scores_BTE = linear(x_BTD, read, f"{name}.gate", bias=False)
+    least_BT1 = np.sort(scores_BTE, axis=-1)[..., -config.get("num_experts_per_tok", 2), None]
+    weight_BTE = np.exp(np.where(scores_BTE >= least_BT1, scores_BTE - scores_BTE.max(-1, keepdims=True), -np.inf))
+    weight_BTE /= weight_BTE.sum(-1, keepdims=True)
+    total = np.zeros_like(x_BTD)
+    for e in range(scores_BTE.shape[-1]):
+        at = f"{name}.experts.{e}"
+        gate = ACTIVATIONS["silu"](linear(x_BTD, read, f"{at}.w1", bias=False))
+        h = gate * linear(x_BTD, read, f"{at}.w3", bias=False)
+        total += weight_BTE[..., e, None] * linear(h, read, f"{at}.w2", bias=False)
+    return total
+
+
 def sliding_windows(config: Config) -> list[int]:
     """How far back each layer sees; 0 is all."""
     layers, window = config["num_hidden_layers"], config.get("sliding_window", 4096) or 0
+    if config["model_type"] == "mixtral":
+        window = config.get("sliding_window") or 0
     if config["model_type"] == "llama" or (config["model_type"] == "qwen3" and not config.get("use_sliding_window")):
         window = 0
     if "layer_types" in config:
@@ -208,4 +229,4 @@ def causal(batch: Batch, window: int) -> NDArray[np.bool_]:
     return near_TS & real_BT[:, None, :]
 
 
-REFERENCES = {"bert": bert, "gpt2": gpt2, "llama": llama}
+REFERENCES = {"bert": bert, "gpt2": gpt2, "llama": llama, "mixtral": llama}

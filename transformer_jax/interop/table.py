@@ -32,7 +32,8 @@ class Row:
     """A tensor of theirs, and the parameters of ours that it holds, one after the other along its last axis."""
 
     theirs: str
-    """Its name; "{layer}" stands for the number of the layer, if our parameter has an axis L."""
+    """Its name; "{layer}" stands for the number of the layer, if our parameter has an axis L, and "{expert}" for that
+    of the expert, if it then has an axis E."""
     parts: tuple[Part, ...]
 
 
@@ -94,13 +95,13 @@ class Slot:
     shape: tuple[int, ...]
 
     @property
-    def stacked(self) -> bool:
-        """Whether it holds all layers."""
-        return self.letters.startswith("L")
+    def stacked(self) -> int:
+        """How many of its first axes they store apart: none, layers, or layers and experts."""
+        return len(self.letters) - len(self.letters.removeprefix("L").removeprefix("E"))
 
     def one(self) -> tuple[str, tuple[int, ...]]:
-        """Return letters and shape of one layer's share."""
-        return (self.letters[1:], self.shape[1:]) if self.stacked else (self.letters, self.shape)
+        """Return letters and shape of the share of one layer, and of one expert."""
+        return self.letters[self.stacked :], self.shape[self.stacked :]
 
     def their_shape(self, layout: str) -> tuple[int, ...]:
         """Return the shape that the layout gives it in their checkpoint."""
@@ -150,14 +151,11 @@ def used(rows: Iterable[Row], slots: Mapping[str, Slot]) -> list[Row]:
     return kept
 
 
-def names(row: Row, slots: Mapping[str, Slot]) -> Iterator[tuple[str, int | None]]:
-    """Yield the names of a row's tensors with the layer of each, or None."""
+def names(row: Row, slots: Mapping[str, Slot]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield the names of a row's tensors with the place of each in our parameter: (), (layer,), (layer, expert)."""
     slot = slots[row.parts[0].ours]
-    if not slot.stacked:
-        yield row.theirs, None
-        return
-    for layer in range(slot.shape[0]):
-        yield row.theirs.format(layer=layer), layer
+    for place in np.ndindex(slot.shape[: slot.stacked]):
+        yield row.theirs.format(**dict(zip(("layer", "expert"), place, strict=False))), place
 
 
 def shape_of(row: Row, slots: Mapping[str, Slot]) -> tuple[int, ...]:
@@ -170,23 +168,18 @@ def import_row(row: Row, slots: Mapping[str, Slot], read: Callable[[str], Array]
     """Read a row's tensors, all layers of them, one at a time: our parameters by path, float32."""
     arrays = {part.ours: np.empty(slots[part.ours].shape, np.float32) for part in row.parts}
     widths = [slots[part.ours].their_shape(part.layout)[-1] for part in row.parts]
-    for name, layer in names(row, slots):
+    for name, place in names(row, slots):
         pieces = np.split(read(name), np.cumsum(widths)[:-1], axis=-1)
         for part, piece in zip(row.parts, pieces, strict=True):
-            target = arrays[part.ours]
-            place = target if layer is None else target[layer]
-            place[...] = slots[part.ours].from_theirs(piece, part.layout)
+            arrays[part.ours][*place, ...] = slots[part.ours].from_theirs(piece, part.layout)
     return arrays
 
 
 def export_row(row: Row, slots: Mapping[str, Slot], take: Callable[[str], Array]) -> Iterator[tuple[str, Array]]:
     """Yield a row's tensors by name; each of our parameters is taken once."""
     arrays = {part.ours: take(part.ours) for part in row.parts}
-    for name, layer in names(row, slots):
-        pieces = [
-            slots[part.ours].to_theirs(arrays[part.ours] if layer is None else arrays[part.ours][layer], part.layout)
-            for part in row.parts
-        ]
+    for name, place in names(row, slots):
+        pieces = [slots[part.ours].to_theirs(arrays[part.ours][*place, ...], part.layout) for part in row.parts]
         yield name, np.ascontiguousarray(pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=-1))
 
 

@@ -18,16 +18,17 @@ from transformer_jax.sharding import CONTEXT, mesh_at_hand, spec
 
 
 def balanced(
-    stack: Callable[..., jax.Array],
+    stack: Callable[..., tuple[jax.Array, Any]],
     x_BTD: jax.Array,
     mask: Mask,
     positions_BT: jax.Array | None,
     *inputs: Any,
     key: jax.Array | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, Any]:
     """Run causal layers, `stack(x_BTD, mask, positions_BT, *inputs, key=key)`, in an order that balances the work.
 
-    Without a mesh that divides positions, or if they do not divide evenly, in their own order.
+    They return the stream, and what they tell beside it. Without a mesh that divides positions, or if they do not
+    divide evenly, in their own order.
     """
     zigzag = Zigzag(mesh_at_hand().shape.get(CONTEXT, 1))
     length = x_BTD.shape[1]
@@ -47,7 +48,8 @@ def balanced(
         q_positions_BT=jnp.asarray(order_T)[None],
         kv_positions_BS=jnp.asarray(order_T)[None],
     )
-    return zigzag.leave(stack(zigzag.enter(x_BTD), mask, moved(positions_BT), *inputs, key=key))
+    x_BTD, told = stack(zigzag.enter(x_BTD), mask, moved(positions_BT), *inputs, key=key)
+    return zigzag.leave(x_BTD), told
 
 
 @dataclass(frozen=True)

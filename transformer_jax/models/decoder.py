@@ -134,10 +134,22 @@ class Decoder(nnx.Module):
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Read embedded rows: [B, T, D] -> [B, T, D], normalised; segments keep documents apart (0 is padding)."""
+        return self.decode_routed(x_BTD, segments_BT, positions_BT, key=key)[0]
+
+    def decode_routed(
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        *,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Do the same, and return what each layer sums of its routing: [L, X], as `nn.moe.SUMS` names it."""
         place_key, stack_key = split(key, 2)
         x_BTD = self.placed(x_BTD, positions_BT, place_key)
         mask = Mask(segments_BT, segments_BT, causal=True)
-        return self.normed(balanced(self.decoder, x_BTD, mask, positions_BT, key=stack_key))
+        x_BTD, sums_LX = balanced(self.decoder.routed, x_BTD, mask, positions_BT, key=stack_key)
+        return self.normed(x_BTD), sums_LX
 
     def placed(self, x_BTD: jax.Array, positions_BT: jax.Array | None, key: jax.Array | None = None) -> jax.Array:
         """Add where each stands (without `positions_BT`: from 0 on): what the first block reads."""

@@ -1,9 +1,12 @@
-"""The decoder-only Transformer: GPT-1, GPT-2, GPT-3, and by configuration the dialect of Llama and its relatives."""
+"""The decoder-only Transformer: GPT-1, GPT-2, GPT-3, and by configuration the dialect of Llama and its relatives.
+
+With experts it is a mixture of them: Switch, GShard, Mixtral, OLMoE.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import jax
@@ -14,7 +17,9 @@ from transformer_jax.errors import UserError
 from transformer_jax.kernels.attention import Mask
 from transformer_jax.models.decoder import Decoder, DecoderConfig
 from transformer_jax.nn.attention import Cache
+from transformer_jax.nn.block import BlockConfig
 from transformer_jax.nn.layers import Embedding, Linear, dropout, normal
+from transformer_jax.nn.moe import DENSE, ExpertsConfig, routing
 from transformer_jax.sharding import constrain
 
 
@@ -23,12 +28,19 @@ class GPTConfig(DecoderConfig):
     """A decoder of tokens; the defaults are GPT-2's smallest (Radford 2019)."""
 
     vocab_size: int = 50_257
+    experts: ExpertsConfig = DENSE
+    """Feed-forward layers of which each token takes a few (Switch, GShard, Mixtral)."""
     tied: bool = True
     """The output projection is the embedding."""
     task: Literal["lm", "classify"] = "lm"
     """classify adds a linear head on the last token of a row (Radford 2018, section 3.2)."""
     labels: int = 0
     """Classes of the head; 1 for a number."""
+
+    @property
+    def block(self) -> BlockConfig:
+        """What is repeated."""
+        return replace(super().block, experts=self.experts)
 
     def check(self) -> None:
         """Raise `UserError` if sizes do not fit together."""
@@ -46,7 +58,7 @@ class GPTConfig(DecoderConfig):
         """FLOPs of the matrix products that read "tokens" [B, T], the output projection at every position included."""
         rows, length = batch["tokens"]
         head = 2 * self.width * (self.vocab_size * length if "targets" in batch else self.labels)
-        return rows * (self.block_flops(length) + head)
+        return rows * (self.block_flops(length) * (2 if "swapped" in batch else 1) + head)
 
 
 class DecoderState(NamedTuple):
@@ -91,6 +103,15 @@ class GPT(Decoder):
     ) -> jax.Array:
         """Read rows of documents: [B, T] -> [B, T, D], normalised, ready for `logits`."""
         return self.decode(self.embedding(tokens_BT, self.dtype), segments_BT, positions_BT, key=key)
+
+    def routed(
+        self, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Read a batch as `read` does, and sum what its experts cost and how busy they are, over real positions."""
+        x_BTD, sums_LX = self.decode_routed(
+            self.embedding(batch["tokens"], self.dtype), batch["segments"], batch.get("positions"), key=key
+        )
+        return x_BTD, {} if sums_LX is None else routing(sums_LX, self.config.experts)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Score every token of the vocabulary: [B, T, D] -> float32 [B, T, V]."""

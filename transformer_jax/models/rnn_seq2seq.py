@@ -23,10 +23,8 @@ from transformer_jax.config import ComputeConfig, ModelConfig
 from transformer_jax.errors import UserError
 from transformer_jax.nn.alignment import Additive, Multiplicative, Seen
 from transformer_jax.nn.layers import Embedding, Linear, dropout, split
-from transformer_jax.nn.recurrent import GRU, LSTM, RNN, Cell, RecurrentLayer, State, gathered, over_time, recur
+from transformer_jax.nn.recurrent import CELLS, RecurrentLayer, State, gathered, over_time, recur
 from transformer_jax.sharding import constrain
-
-CELLS: dict[str, type[Cell]] = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 
 
 @dataclass(frozen=True)

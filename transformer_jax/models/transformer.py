@@ -110,7 +110,7 @@ class Transformer(nnx.Module):
         embed_key, stack_key = split(decoder_key, 2)
         x_BTD = self._embed(target_BT, _positions(target_BT), embed_key)
         # Padding stands at the end of a target, so causality alone hides it from every real position.
-        x_BTD = balanced(self.decoder, x_BTD, Mask(causal=True), None, memory, key=stack_key)
+        x_BTD, _ = balanced(self.decoder.routed, x_BTD, Mask(causal=True), None, memory, key=stack_key)
         return self._logits(x_BTD)
 
     def encode(self, source_BS: jax.Array, *, key: jax.Array | None = None) -> Memory:

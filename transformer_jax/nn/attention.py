@@ -2,7 +2,7 @@
 
     B batch   T query/target length   S key/source length   D model width   N query heads   K key/value heads
     G groups (N = K G)   H head size   F feed-forward width   V vocabulary   L layers   M beams   R rows (B x M)
-    Z few kinds: gates of a recurrent cell, sentences of a pair
+    E experts   C places of an expert   Z few kinds: gates of a recurrent cell, sentences of a pair, choices of a token
 
 The same letters name the axes of a layout (`sharding.py`).
 """

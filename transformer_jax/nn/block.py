@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 from flax import nnx
@@ -12,9 +13,13 @@ from transformer_jax.errors import UserError
 from transformer_jax.kernels.attention import Mask
 from transformer_jax.nn.attention import Attention, Cache, KeysValues
 from transformer_jax.nn.layers import NORMS, FeedForward, Init, Residual, split, xavier_uniform
+from transformer_jax.nn.moe import DENSE, Experts, ExpertsConfig
 
 Weights = dict[str, jax.Array | None]
-"""Attention weights [B, N, T, S] of one block, "self" and "cross", where the backend forms them."""
+"""Attention weights [B, N, T, S] of one block, "self" and "cross", where the backend forms them.
+
+With experts also "routing", what is summed of it (`nn/moe.py`).
+"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class BlockConfig:
     init: Init = xavier_uniform
     residual_init: Init = xavier_uniform
     """Of the matrices whose output is added to the stream."""
+    experts: ExpertsConfig = DENSE
+    """In place of the one feed-forward layer."""
 
     @property
     def kv(self) -> int:
@@ -81,6 +88,9 @@ class BlockConfig:
             raise UserError(f"model.kv_heads={self.kv} does not divide model.heads={self.heads}.")
         if self.rope_theta and self.size % 2:
             raise UserError(f"RoPE turns pairs of channels, but a head has {self.size} of them.")
+        self.experts.check()
+        if self.experts.count and self.base_width:
+            raise UserError("model.base_width: the rates of muP are not known for a router; set model.experts.count 0.")
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name} must lie in [0, 1), got {getattr(self, name)}.")
@@ -88,7 +98,8 @@ class BlockConfig:
     def forward_flops(self, t: int, s: int = 0, *, causal: bool, window: int = 0) -> int:
         """FLOPs of the matrix products of one block that reads `t` positions, and a memory of `s` if there is one.
 
-        Two a weight and position; attention 4 N H a query and key that sees it (a causal query sees half of them).
+        Two a weight and position; attention 4 N H a query and key that sees it (a causal query sees half of them). Of
+        experts, those that are chosen, and the router.
         """
         heads = self.heads * self.size
         projections = 2 * self.width * (2 * heads + 2 * self.kv * self.size)
@@ -100,7 +111,9 @@ class BlockConfig:
         total = t * projections + attention
         if s:
             total += 2 * self.width * heads * 2 * t + 2 * self.width * self.kv * self.size * 2 * s + 4 * heads * t * s
-        return total + t * (6 if self.gated else 4) * self.width * self.feedforward
+        read = self.experts.chosen if self.experts.count else 1
+        router = 2 * self.width * self.experts.count
+        return total + t * (read * (6 if self.gated else 4) * self.width * self.feedforward + router)
 
 
 class Block(nnx.Module):
@@ -112,16 +125,7 @@ class Block(nnx.Module):
         self.attention_residual = _residual(config)
         self.cross = _attention(memory, replace(config, rope_theta=0.0), compute) if cross else None
         self.cross_residual = _residual(config) if cross else None
-        self.feedforward = FeedForward(
-            feedforward,
-            config.width,
-            config.feedforward,
-            activation=config.activation,
-            gated=config.gated,
-            bias=config.feedforward_bias,
-            init=config.init,
-            residual_init=config.residual_init,
-        )
+        self.feedforward = _feedforward(feedforward, config)
         self.feedforward_residual = _residual(config)
 
     def __call__(
@@ -187,7 +191,13 @@ class Block(nnx.Module):
             crossed = self.cross(h_BTD, memory[0], Mask(kv_segments_BS=memory[1]), key=keys[2])
             x_BTD = self.cross_residual.leave(x_BTD, crossed.out_BTD, keys[3])
             weights["cross"] = crossed.weights_BNTS
-        h_BTD = self.feedforward(self.feedforward_residual.enter(x_BTD))
+        h_BTD = self.feedforward_residual.enter(x_BTD)
+        if isinstance(self.feedforward, Experts):
+            real_BT = None if mask.q_segments_BT is None else mask.q_segments_BT != 0
+            # To be passed by for want of a place is a hazard of training, as dropout is.
+            h_BTD, weights["routing"] = self.feedforward(h_BTD, real_BT, limited=key is not None)
+        else:
+            h_BTD = self.feedforward(h_BTD)
         return self.feedforward_residual.leave(x_BTD, h_BTD, keys[4]), weights
 
 
@@ -208,6 +218,19 @@ def _attention(key: jax.Array, config: BlockConfig, compute: ComputeConfig) -> A
         init=config.init,
         residual_init=config.residual_init,
     )
+
+
+def _feedforward(key: jax.Array, config: BlockConfig) -> FeedForward | Experts:
+    dialect: dict[str, Any] = {
+        "activation": config.activation,
+        "gated": config.gated,
+        "bias": config.feedforward_bias,
+        "init": config.init,
+        "residual_init": config.residual_init,
+    }
+    if config.experts.count:
+        return Experts(key, config.width, config.feedforward, config.experts, **dialect)
+    return FeedForward(key, config.width, config.feedforward, **dialect)
 
 
 def _residual(config: BlockConfig) -> Residual:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from transformer_jax.sharding import constrain
+from transformer_jax.sharding import constrain, mesh_at_hand
 
 Dims = dict[str, int]
 """Named dimensions in order: {"N": 8, "H": 64}."""
@@ -52,6 +52,13 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+def tied(integers: jax.Array, x: jax.Array) -> jax.Array:
+    """Return integers as they are, but known only with x: else compilers make floats of them once, before a loop."""
+    if mesh_at_hand().size > 1:  # an element of x would have to travel to all devices
+        return jax.lax.optimization_barrier((integers, x))[0]
+    return integers ^ jnp.isnan(x.ravel()[0]).astype(integers.dtype)  # 0 wherever the result is a number
+
+
 class Linear(nnx.Module):
     """y = x W + b, from the last dimensions of x to new ones: `Linear(key, {"D": 512}, {"N": 8, "H": 64})`."""
 
@@ -62,11 +69,17 @@ class Linear(nnx.Module):
         weight = init(key, shape, math.prod(inputs.values()), math.prod(outputs.values()))
         self.weight = nnx.Param(weight, letters="".join([*inputs, *outputs]))
         self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), letters="".join(outputs)) if bias else None
+        self.scale: nnx.Param[jax.Array] | None = None  # of each output, where the weight is held as int8 (weights.py)
         self.contracted = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Contract the last `len(inputs)` axes of x; computes in the dtype of x."""
-        y = jnp.tensordot(x, self.weight[...].astype(x.dtype), axes=self.contracted)
+        if self.scale is None:
+            y = jnp.tensordot(x, self.weight[...].astype(x.dtype), axes=self.contracted)
+        else:
+            weight = tied(self.weight[...], x).astype(x.dtype)
+            y = jnp.tensordot(x, weight, axes=self.contracted, preferred_element_type=jnp.float32)
+            y = (y * self.scale[...]).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -76,17 +89,21 @@ class Embedding(nnx.Module):
     def __init__(self, key: jax.Array, rows: int, width: int, *, init: Init | None = None, letters: str = "VD") -> None:
         """Draw from N(0, 1 / width) unless `init` says otherwise; "TD" is a table of positions, "ZD" of few kinds."""
         self.table = nnx.Param((init or normal(width**-0.5))(key, (rows, width), rows, width), letters=letters)
+        self.scale: nnx.Param[jax.Array] | None = None  # of each row, where the table is held as int8 (weights.py)
 
     def __call__(self, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Look up vectors: [B, T] -> [B, T, D]."""
-        return self.table[...].astype(dtype)[ids_BT]
+        if self.scale is None:
+            return self.table[...].astype(dtype)[ids_BT]
+        return (self.table[...][ids_BT] * self.scale[...][ids_BT][..., None]).astype(dtype)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Score every token of the vocabulary: [B, T, D] -> float32 [B, T, V]."""
         # Left to itself, XLA lays BERT's gaps out so that on a 2 x 2 x 2 mesh their gradient comes out wrong.
-        x_BTD = constrain(x_BTD, "BTD")
-        table = self.table[...].astype(x_BTD.dtype)
-        return jnp.einsum("BTD,VD->BTV", x_BTD, table, preferred_element_type=jnp.float32)
+        x_BTD, table = constrain(x_BTD, "BTD"), self.table[...]
+        table = (table if self.scale is None else tied(table, x_BTD)).astype(x_BTD.dtype)
+        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table, preferred_element_type=jnp.float32)
+        return logits_BTV if self.scale is None else logits_BTV * self.scale[...]
 
 
 class LayerNorm(nnx.Module):

@@ -35,7 +35,12 @@ class Skeleton:
         Raises:
             TypeError: a parameter has no letters, or not as many as its rank.
         """
-        graph, state = nnx.split(jax.eval_shape(lambda: config.build(jax.random.key(0), compute)), nnx.Param)
+        return Skeleton.describing(config, compute, jax.eval_shape(lambda: config.build(jax.random.key(0), compute)))
+
+    @staticmethod
+    def describing(config: ModelConfig, compute: ComputeConfig, model: nnx.Module) -> Skeleton:
+        """Take a traced module apart; raises as `of`."""
+        graph, state = nnx.split(model, nnx.Param)
         letters = {}
         for path, variable in nnx.to_flat_state(state):
             names = variable.get_metadata().get("letters")

@@ -101,6 +101,9 @@ class GRU(Cell):
         return (constrain((1 - z) * n + z * state[0], "BD"),)
 
 
+CELLS: dict[str, type[Cell]] = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
+
+
 def gathered(module: Module) -> Module:
     """Lay the parameters of a module out as activations, whole over the fsdp axis, before a loop that uses them.
 
@@ -120,13 +123,15 @@ def recur(
     state: State,
     mask_BT: jax.Array | None = None,
     *,
+    first_BT: jax.Array | None = None,
     reverse: bool = False,
     remat: str = "none",
 ) -> tuple[jax.Array, State]:
     """Run a cell over time, given `cell.project` of all inputs.
 
     Where the mask is False the state stays as it is. So with padding at the end, the last state of a row is the one at
-    its last real token; and in reverse, padding comes first and leaves the initial state untouched.
+    its last real token; and in reverse, padding comes first and leaves the initial state untouched. Where `first_BT` is
+    True a text begins: the cell forgets what it has read.
 
     Returns:
         The output h at every position [B, T, D], in the dtype of the gates, and the last state (in reverse: the one at
@@ -134,14 +139,27 @@ def recur(
     """
     cell = gathered(cell)
 
-    def step(state: State, now: tuple[jax.Array, jax.Array | None], _: Any) -> tuple[jax.Array, State]:
-        gates_BZF, real_B = now
+    def step(state: State, now: Any, _: Any) -> tuple[jax.Array, State]:
+        gates_BZF, real_B, first_B = now
+        if first_B is not None:
+            state = tuple(jnp.where(first_B[:, None], 0.0, part) for part in state)
         new = cell(state, gates_BZF)
         if real_B is not None:
             new = tuple(jnp.where(real_B[:, None], after, before) for after, before in zip(new, state, strict=True))
         return new[0].astype(gates_BZF.dtype), new
 
-    return over_time(step, state, (gates_BTZF, mask_BT), reverse=reverse, remat=remat)
+    return over_time(step, state, (gates_BTZF, mask_BT, first_BT), reverse=reverse, remat=remat)
+
+
+def states_of(cell: Cell, gates_BTZF: jax.Array, state: State) -> State:
+    """Run a cell over time, given `cell.project` of all inputs, and keep every state: its parts, float32 [B, T, D]."""
+    cell = gathered(cell)
+
+    def step(state: State, gates_BZF: jax.Array, _: Any) -> tuple[State, State]:
+        new = cell(state, gates_BZF)
+        return new, new
+
+    return over_time(step, state, gates_BTZF)[0]
 
 
 def over_time(

@@ -61,10 +61,15 @@ class Stack(nnx.Module):
 
     def __call__(self, x: jax.Array, *inputs: Any, key: jax.Array | None = None) -> jax.Array:
         """Run x through all blocks; the same `inputs` go to each, and a key of its own."""
+        return self.routed(x, *inputs, key=key)[0]
+
+    def routed(self, x: jax.Array, *inputs: Any, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array | None]:
+        """Do the same, and return what each layer sums of its routing, [L, ...]; None of layers without experts."""
 
         def runs(static: dict[str, Any]) -> Any:
-            def run(block: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
-                return block(x, *inputs, key=key, **static)[0]
+            def run(block: Any, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+                x, extras = block(x, *inputs, key=key, **static)
+                return x, extras.get("routing")
 
             if self.remat == "none":
                 return run
@@ -74,21 +79,31 @@ class Stack(nnx.Module):
         turn = len(kinds)
         keys = None if key is None else jax.random.split(key, self.depth)
         if not self.scanned:
+            told = []
             for i, block in enumerate(self.layers):
-                x = kinds[i % turn](block, x, None if keys is None else keys[i])
-            return x
+                x, routing = kinds[i % turn](block, x, None if keys is None else keys[i])
+                told.append(routing)
+            return x, _joined(told)
         layers = (self.layers, keys)
         if turn == 1:
-            return jax.lax.scan(lambda x, layer: (kinds[0](layer[0], x, layer[1]), None), x, layers)[0]
+            return jax.lax.scan(lambda x, layer: kinds[0](layer[0], x, layer[1]), x, layers)
 
-        def advance(x: jax.Array, group: Any) -> tuple[jax.Array, None]:
+        def advance(x: jax.Array, group: Any) -> tuple[jax.Array, jax.Array | None]:
+            told = []
             for i, run in enumerate(kinds):
                 block, layer_key = jax.tree.map(lambda leaf, i=i: leaf[i], group)
-                x = run(block, x, layer_key)
-            return x, None
+                x, routing = run(block, x, layer_key)
+                told.append(routing)
+            return x, _joined(told)
 
         grouped = jax.tree.map(lambda leaf: leaf.reshape(self.depth // turn, turn, *leaf.shape[1:]), layers)
-        return jax.lax.scan(advance, x, grouped)[0]
+        x, routing = jax.lax.scan(advance, x, grouped)
+        return x, None if routing is None else routing.reshape(self.depth, *routing.shape[2:])
+
+
+def _joined(told: Sequence[jax.Array | None]) -> jax.Array | None:
+    """Join what layers tell; None where they tell nothing."""
+    return jnp.stack([routing for routing in told if routing is not None]) if told[0] is not None else None
 
 
 def _is_unrolled(node: Any) -> bool:
