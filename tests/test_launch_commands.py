@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,18 @@ def test_a_tpu_is_one_queued_resource_whose_workers_start_themselves():
     several = words(replace(TPU, slices=2), "create")
     assert {"--node-count=2", "--node-prefix=gpt"} <= set(several)
     assert not [word for word in several if word.startswith("--node-id") or word == "--spot"]
+
+
+@pytest.mark.parametrize("backend", [TPU, GKE], ids=["tpu_vm", "gke"])
+def test_the_dry_run_of_two_slices_reads_as_it_did(backend, request):
+    """UPDATE_GOLDEN=1 writes the scripts anew; read them against the vendors' pages, which `docs/launch.md` lists."""
+    path = Path(__file__).parent / "golden" / "launch" / f"{request.node.callspec.id}_two_slices.sh"
+    two = job(replace(backend, slices=2, spot=True), seconds=7200)
+    text = dry_run(two, commands(two))
+    if "UPDATE_GOLDEN" in os.environ:
+        path.write_text(text, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text
+    assert (two.backend.chips, two.backend.workers, two.backend.devices) == (32, 8, 32)
 
 
 def test_no_command_reaches_one_worker_where_all_are_meant():

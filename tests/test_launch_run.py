@@ -445,13 +445,25 @@ def test_a_jobset_that_fails_or_is_stopped(world, tjax):
 
 
 def test_the_doctor_of_a_cluster(world, tjax):
-    world.is_so(no_jobset=True, nodes_ready=1)
+    world.is_so(no_jobset=True, nodes_ready={"tpu-0": 1})
     code, out, _ = tjax("doctor", *SLICE, "--cluster", "c", "--json")
     checks = {check["name"]: check for check in json.loads(out)["checks"]}
     assert code == 1
     assert checks["JobSet"]["status"] == "failed"
     assert "install it" in checks["JobSet"]["mend"]
-    assert (checks["nodes"]["status"], checks["nodes"]["detail"][:6]) == ("unchecked", "1 of 4")
+    assert checks["nodes"]["status"] == "unchecked"
+    assert checks["nodes"]["detail"].startswith("0 of 1 slices of v5e-16 are there (4 nodes in one pool each)")
+
+
+@pytest.mark.parametrize(
+    ("pools", "status", "there"),
+    [({"a": 4, "b": 4}, "ok", "2 slices"), ({"a": 8}, "ok", "2 slices"), ({"a": 4, "b": 3}, "unchecked", "1 of 2")],
+)
+def test_every_slice_needs_a_node_pool_of_its_own(world, tjax, pools, status, there):
+    world.is_so(nodes_ready=pools)
+    checks = json.loads(tjax("doctor", *SLICE, "--slices", "2", "--cluster", "c", "--json")[1])["checks"]
+    (nodes,) = [check for check in checks if check["name"] == "nodes"]
+    assert (nodes["status"], nodes["detail"][: len(there)]) == (status, there)
 
 
 # SLURM.
@@ -522,8 +534,10 @@ def test_mistakes_before_anything_is_spent(world, tjax):
     refused(launch("--on", "local", "--detach"), "--detach")
     refused(launch("--on", "slurm", "--keep"), "--keep says nothing about --on slurm")
     refused(launch("--on", "v5e-16", *ROWS), "--project is needed")
-    refused(launch(*TPU, "--mesh.data", "3"), "mesh data=3", "16 devices")
-    refused(launch(*TPU, "--mesh.data", "4", "--mesh.fsdp", "2"), "16 devices")
+    refused(launch(*TPU, "--mesh.data", "3"), "mesh data=3", "16 device")
+    refused(launch(*TPU, "--mesh.data", "4", "--mesh.fsdp", "2"), "16 device")
+    refused(launch(*TPU, "--slices", "2", "--mesh.data", "1", "--mesh.fsdp", "32"), "data=1 does not divide among 2")
+    refused(launch("--on", "v3-8", *TPU[2:], "--slices", "2"), "joined from v4 on")
     refused(launch(*TPU, "--data.rows-multiple", "8"), "do not divide it", "--data.rows-multiple 16")
     refused(launch(*TPU, "--model.heads", "5"), "model.heads=5 does not divide")
     refused(launch(*TPU, "--env", "WANDB_API_KEY=abc"), "looks like a secret")

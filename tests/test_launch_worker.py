@@ -60,6 +60,27 @@ def meet(monkeypatch, reports, count=3, seconds=20.0):
     return told
 
 
+PLAIN = {"TPU_WORKER_ID": "2", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}
+SECOND = {"MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "first:8080"}
+
+
+@pytest.mark.parametrize(
+    ("env", "who"), [(PLAIN, (2, 4, "a", 8482)), (PLAIN | SECOND, (6, 12, "first", 8482))], ids=["one", "several"]
+)
+@pytest.mark.parametrize("told_by", ["environment", "metadata"])
+def test_workers_of_several_slices_are_numbered_through_as_jax_does(monkeypatch, env, who, told_by):
+    for name in (*PLAIN, *SECOND, "TJAX_PROCESS", "SLURM_PROCID", "JAX_COORDINATOR_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    described = "ZONE: 'us-west4-a'\n" + "".join(f"{name}: '{env[name]}'\n" for name in SECOND if name in env)
+    metadata = {"worker-network-endpoints": "x:1:a,x:2:b,x:3:c,x:4:d", "agent-worker-number": "2", "tpu-env": described}
+    monkeypatch.setattr(probe, "_metadata", metadata.__getitem__)
+    if told_by == "environment":  # GKE
+        monkeypatch.setattr(probe, "_metadata", {}.__getitem__)
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+    assert probe.peers() == who
+
+
 def test_hosts_meet_at_the_port_of_the_coordinator(monkeypatch):
     now = time.time()
     assert meet(monkeypatch, [report(p, clock=now) for p in (2, 1, 0)]) == {0: [], 1: [], 2: []}
@@ -113,7 +134,7 @@ def test_a_cloud_tpu_worker_asks_the_metadata_server(monkeypatch):
     for name in ("TJAX_PROCESS", "SLURM_PROCID", "JAX_COORDINATOR_PORT", "TPU_WORKER_HOSTNAMES"):
         monkeypatch.delenv(name, raising=False)
     for endpoints in ("10.0.0.7,10.0.0.8,10.0.0.9", "a:0:10.0.0.7,b:1:10.0.0.8,c:2:10.0.0.9"):
-        told = {"worker-network-endpoints": endpoints, "agent-worker-number": "2"}
+        told = {"worker-network-endpoints": endpoints, "agent-worker-number": "2", "tpu-env": "ZONE: 'z'\n"}
         monkeypatch.setattr(probe, "_metadata", told.__getitem__)
         assert probe.peers() == (2, 3, "10.0.0.7", 8482)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 
 from tests.test_loop import losses, params_of
 from tests.tiny import tiny, write_pairs
-from transformer_jax import distributed
+from transformer_jax import distributed, pulse
 from transformer_jax.anomalies import read_anomalies, read_batch
 from transformer_jax.checkpoint import steps_of
 from transformer_jax.errors import UserError
@@ -38,16 +39,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(folder: Path, processes: int, *arguments: str) -> list[subprocess.Popen]:
+def start(folder: Path, processes: int, *arguments: str, lost: int = 30, first: str = "") -> list[subprocess.Popen]:
     """Start `tjax train`, unchanged, in every process: as many devices in all, however many they are spread over."""
     environment = os.environ | {
         "PYTHONPATH": str(Path(__file__).parent.parent),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
         # Only process 0 fills the cache: the others would compile alone, while it waits for them, 30 s at most (gloo).
         "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "TJAX_LOST_TIMEOUT": "30",
+        "TJAX_LOST_TIMEOUT": str(lost),
     }
-    program = "from transformer_jax.cli import main; main()"
+    program = f"{first}from transformer_jax.cli import main; main()"
     command = [sys.executable, "-c", program, "train", "recipes.py:run", *arguments]
     running, port = [], free_port()
     for process in range(processes):
@@ -149,12 +150,64 @@ def test_a_killed_process_ends_the_others_and_a_restart_goes_on(tmp_path):
     running[1].kill()
     said = running[0].communicate(timeout=200)[1]
     running[1].communicate()
-    # A collective fails and we say so, or it waits and JAX ends the process.
-    assert running[0].returncode in (distributed.LOST, -signal.SIGABRT), said
-    ours = r"^tjax: process 0 of 2 has lost the others .*/checkpoints/\d+\. Start all again"
-    assert re.search(rf"{ours}|another task died", said, re.M)
+    # A collective fails, or it waits and the meetings of all fail.
+    assert running[0].returncode == pulse.LOST, said
+    ours = (
+        r"^tjax: process 0 of 2 has (lost the others|heard nothing of process 1) .*/checkpoints/\d+\. Start all again"
+    )
+    assert re.search(ours, said, re.M)
     step = steps_of(tmp_path / "run")[-1]
     assert f"restored step {step} of {step + 1}" in job(tmp_path, 2, step + 1, "run")[0]
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+@pytest.mark.parametrize(("hangs", "whom"), [(1, "process 1"), (0, "process 0, where all meet")])
+def test_a_process_that_hangs_is_named_and_not_waited_for(tmp_path, hangs, whom):
+    write_pairs(tmp_path / "pairs.tsv")
+    (tmp_path / "recipes.py").write_text(RECIPE)
+    often = "from transformer_jax import pulse; pulse.PATIENCE = 8; "
+    arguments = ("--train.steps", "5000", "--train.save-every", "4", "--out", "run")
+    running = start(tmp_path, 2, *arguments, lost=20, first=often)
+    wait_for_metrics(running, tmp_path / "run", 8)
+    running[hangs].send_signal(signal.SIGSTOP)
+    other = 1 - hangs
+    said = running[other].communicate(timeout=200)[1]
+    running[hangs].kill()
+    running[hangs].communicate()
+    assert running[other].returncode == pulse.LOST, said
+    assert re.search(rf"^process {other} of 2 has heard nothing of {whom} for \d+ s$", said, re.M)
+    last = rf"tjax: process {other} of 2 has heard nothing of {whom} for \d\d s: .*/checkpoints/\d+\. Start all again"
+    assert re.match(last, said.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("reached the barrier: 1/2. Some timed out task names:\n1\n\nRPC: /xla.coordination/Barrier [x='2']", ["1"]),
+        ("first task: 9. Some timed out task names: 1, 12\nRPC: 3", ["1", "12"]),
+        ("timed out task names: /job:jax_worker/replica:0/task:7", ["7"]),
+        ("UNAVAILABLE: 5", []),
+    ],
+)
+def test_who_missed_a_meeting_is_read_from_what_jax_says(named, found):
+    assert pulse.missing(named) == found
+
+
+def test_who_was_stopped_itself_blames_nobody(monkeypatch):
+    clock, naps = [0.0], iter([1.0] * 40 + [400.0] + [1.0] * 20)
+    said: list[str] = []
+
+    def sleep(_):
+        clock[0] += next(naps)
+
+    monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr(pulse, "say", said.append)
+    watching = pulse.Pulse(100)
+    watching.newest = str
+    with pytest.raises((StopIteration, RuntimeError)):
+        watching._watch()
+    assert [line.rpartition(" for ")[2] for line in said] == ["30 s"]  # then it slept itself, and counts anew
 
 
 @pytest.mark.slow

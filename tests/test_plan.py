@@ -102,6 +102,15 @@ def test_a_kernel_counts_what_it_says_and_is_not_looked_into():
     assert found.traffic >= 2 * 8 * 128 * 4
 
 
+def test_the_heads_of_a_kernel_are_divided_too():
+    def computed(**mesh):
+        long = gpt(**mesh)
+        model, data = replace(long.model, context=640), replace(long.data, context=640)
+        return plan(replace(long, model=model, data=data), V5E8).computed_flops
+
+    assert computed(data=4, tensor=2) == computed(data=8)
+
+
 def test_collectives_follow_the_layout():
     def kinds(**mesh):
         return {(move.kind, move.axes) for move in plan(gpt(**mesh), V5E8).moves}
@@ -305,7 +314,7 @@ def test_the_screen_and_the_json_say_the_same(capsys):
     found = json.loads(text)
     assert code == 0
     assert found["source"] == "estimate"
-    assert found["on"] == {"name": "v4-32", "chip": "v4", "devices": 16, "hosts": 4}
+    assert found["on"] == {"name": "v4-32", "slices": 1, "chip": "v4", "devices": 16, "hosts": 4}
     memory = found["memory_per_device"]
     parts = ("parameters", "optimizer", "batch", "activations", "logits", "gradients", "temporaries")
     assert memory["total"] == sum(memory[part] for part in parts)

@@ -1,6 +1,6 @@
 """Every TPU recipe compiles for its slice, fits, and takes what it took: `make plan-all`. Needs libtpu, and no TPU.
 
-A plan of `tests/golden/plan/` is a recipe, a slice and overrides, with the memory of a device and the bytes of its
+A plan of `tests/golden/plan/` is a recipe, slices and overrides, with the memory of a device and the bytes of its
 collectives as they were; UPDATE_GOLDEN=1 writes them anew. A weight that is silently replicated, or a gather that has
 become an all-reduce, shows there.
 """
@@ -39,7 +39,7 @@ def compiled(path: Path) -> Plan:
     was = json.loads(path.read_text(encoding="utf-8"))
     default = VERBS["plan"].default(was["recipe"])
     options = parse(PlanOptions, default, was["overrides"].split(), "tjax plan")
-    found = plan(options.experiment, find_target(was["on"]))
+    found = plan(options.experiment, find_target(was["on"], was.get("slices", 1)))
     assert isinstance(found, Plan), f"{path.stem} does not fit any more: {found}"
     return found
 
@@ -49,7 +49,8 @@ def test_recipe_takes_what_it_took(path):
     found, was = compiled(path), json.loads(path.read_text(encoding="utf-8"))
     collectives: dict[str, dict[str, int]] = {}
     for move in found.moves:
-        kind = collectives.setdefault(move.kind, {"bytes": 0, "calls": 0})
+        between = "" if move.network == "ICI" else f" over {move.network}"
+        kind = collectives.setdefault(move.kind + between, {"bytes": 0, "calls": 0})
         kind["bytes"] += move.bytes
         kind["calls"] += move.calls
     now = {"memory": found.memory.total, "collectives": dict(sorted(collectives.items()))}

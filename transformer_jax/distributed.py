@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 
+from transformer_jax import compilation_cache
 from transformer_jax.errors import UserError
 from transformer_jax.logs import say
-
-PATIENCE = 30
-"""Seconds between two lines that say what a process waits for."""
+from transformer_jax.pulse import LOST, PATIENCE, Pulse, end
 
 SLACK = 60
-"""Seconds that JAX waits longer than we do."""
+"""Seconds that JAX waits longer than we do: it ends the process with a stack trace of its own."""
 
-LOST = 75
-"""Exit code where another process was lost: try again (EX_TEMPFAIL of sysexits.h)."""
+_pulse: Pulse | None = None
 
 
 def initialize() -> None:
@@ -32,8 +29,7 @@ def initialize() -> None:
 
     On Cloud TPU, GKE and SLURM, JAX finds the others by itself. Elsewhere three variables name them: TJAX_COORDINATOR
     (host:port of process 0), TJAX_PROCESSES and TJAX_PROCESS (this one's number). TJAX_JOIN_TIMEOUT is the patience
-    in seconds, 300 unless given; TJAX_LOST_TIMEOUT (100) the silence after which JAX takes another for dead, and
-    ends this one.
+    in seconds, 300 unless given; TJAX_LOST_TIMEOUT (100) the silence after which another process is taken for lost.
 
     Raises:
         UserError: the variables contradict each other, or the others do not come in time.
@@ -44,28 +40,39 @@ def initialize() -> None:
     if explicit is None and not _in_a_cluster():
         return
     timeout = int(os.environ.get("TJAX_JOIN_TIMEOUT", "300"))
-    longer = timeout + SLACK  # we give up first: JAX ends the process with a stack trace of its own
     silent = int(os.environ.get("TJAX_LOST_TIMEOUT", "100"))
+    join = partial(
+        jax.distributed.initialize,
+        initialization_timeout=timeout + SLACK,
+        heartbeat_timeout_seconds=silent + SLACK,
+    )
     try:
         with _patience(explicit, timeout):
             if explicit is None:
-                jax.distributed.initialize(initialization_timeout=longer, heartbeat_timeout_seconds=silent)
+                join()
             else:
                 if not _on_accelerator():
                     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-                jax.distributed.initialize(*explicit, initialization_timeout=longer, heartbeat_timeout_seconds=silent)
+                join(*explicit)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{_who(explicit)} could not join {_whom(explicit)} ({reason}).") from error
+    if jax.process_count() > 1:
+        compilation_cache.leave()
+        global _pulse  # noqa: PLW0603 - a process belongs to one job
+        _pulse = Pulse(silent)
+        _pulse.start()
 
 
 @contextmanager
 def together(newest: Callable[[], str]) -> Iterator[None]:
-    """End this process with one line where the block fails because another process of the job is gone.
+    """End this process with one line if another process of the job is gone, or silent for TJAX_LOST_TIMEOUT seconds.
 
     Nothing that needs all of them, an orderly end included, can be done then. `newest` says from where a restart goes
-    on. Where nothing fails, but waits for the dead, JAX itself ends the process after TJAX_LOST_TIMEOUT.
+    on.
     """
+    if _pulse is not None:
+        _pulse.newest = newest
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -76,14 +83,10 @@ def together(newest: Callable[[], str]) -> Iterator[None]:
             f"tjax: process {jax.process_index()} of {jax.process_count()} has lost the others ({reason[:200]}); "
             f"{newest()}. Start all again with the same command: they continue there."
         )
-        _end(LOST)
-
-
-def _end(code: int) -> NoReturn:
-    """End at once: JAX's own way out waits for the processes that are not there."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        end(LOST)
+    finally:
+        if _pulse is not None:
+            _pulse.newest = None
 
 
 def _explicit() -> tuple[str, int, int] | None:
@@ -154,7 +157,7 @@ def _patience(explicit: tuple[str, int, int] | None, timeout: int) -> Iterator[N
                 f"tjax: {_who(explicit)} gave up after {timeout} s of waiting for {_whom(explicit)}; see that all are "
                 "started, that the port is open between the hosts, or give them longer (TJAX_JOIN_TIMEOUT)."
             )
-            _end(2)
+            end(2)
 
     thread = threading.Thread(target=remind, daemon=True)
     thread.start()

@@ -41,7 +41,8 @@ elif words[:2] == ["get", "crd"]:
         )
     print("customresourcedefinition.apiextensions.k8s.io/jobsets.jobset.x-k8s.io")
 elif words[:2] == ["get", "nodes"]:
-    print("\n".join(f"node/gke-{number}" for number in range(scenario("nodes_ready", 4))))
+    pools = scenario("nodes_ready", {"tpu-0": 4})
+    print(" ".join(pool for pool, nodes in pools.items() for _ in range(nodes)))
 elif words[:2] == ["delete", "jobset"]:
     remember("jobset", None)
 elif words[0] in ("create", "delete", "logs", "exec"):

@@ -34,7 +34,7 @@ from transformer_jax.planning.plan import Plan
 from transformer_jax.planning.planner import plan
 from transformer_jax.planning.report import GIB
 from transformer_jax.planning.target import find_target
-from transformer_jax.sharding import AXES, BATCH_AXES
+from transformer_jax.sharding import BATCH_AXES, mesh_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,18 +188,11 @@ def _leaves(value: Iterable[Any]) -> Iterable[Any]:
         yield from _leaves(one) if isinstance(one, tuple) else (one,)
 
 
-def check_mesh(experiment: Experiment, devices: int | None) -> None:
+def check_mesh(experiment: Experiment, devices: int | None, slices: int = 1) -> None:
     """Raise `UserError` if that many devices cannot hold the mesh, or the mesh cannot divide a batch."""
     if devices is None:
         return
-    sizes = {axis: getattr(experiment.mesh, axis) for axis in AXES}
-    shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    known = math.prod(size for size in sizes.values() if size > 0)
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if free and devices % known == 0:
-        sizes[free[0]] = devices // known
-    if len(free) > 1 or math.prod(sizes.values()) != devices:
-        raise UserError(f"mesh {shape} does not match the {devices} devices there; --mesh.data -1 takes what is left.")
+    sizes = mesh_sizes(experiment.mesh, devices, slices)
     parts = math.prod(sizes[axis] for axis in BATCH_AXES) * experiment.train.accumulate
     if rows := experiment.data.rows_multiple % parts and experiment.data.rows_multiple:
         raise UserError(
@@ -213,7 +206,7 @@ def job_of(target: str, options: LaunchOptions) -> Job:
     experiment = options.experiment
     experiment.check()
     backend = backend_of(options)
-    check_mesh(experiment, backend.devices)
+    check_mesh(experiment, backend.devices, backend.slices if isinstance(backend, OnSlices) else 1)
     name = options.job or re.sub(r"[^a-z0-9]+", "-", target.rsplit(":", 1)[-1].lower()).strip("-")[:40].rstrip("-")
     if isinstance(backend, Local) and (options.detach or options.max_cost):
         raise UserError("a local launch stays with its processes until they end: --detach and --max-cost say nothing.")
@@ -303,16 +296,16 @@ def _refuse_if_failed(backend: Backend) -> None:
 
 def _refuse_if_too_large(experiment: Experiment, backend: Backend) -> None:
     """Ask the estimate of `tjax plan` whether a training step fits the chips; launch nothing that is far from it."""
-    if not isinstance(backend, OnSlices) or backend.slices > 1:
+    if not isinstance(backend, OnSlices):
         return
     jax.config.update("jax_platforms", "cpu")  # devices of this machine are left alone
-    name = backend.slice.name
-    found = plan(experiment, find_target(name), compile=False)
+    target = find_target(backend.slice.name, backend.slices)
+    found = plan(experiment, target, compile=False)
     if isinstance(found, Plan) and found.memory.total > CLOSE * found.memory.available:
         raise UserError(
-            f"{experiment.name} does not fit {name}: {found.memory.total / GIB:.1f} GiB a device of "
-            f"{found.memory.available / GIB:.2f} (estimate). `tjax plan` with the same options and --on {name} names "
-            "what would fit. (--no-doctor launches anyway)"
+            f"{experiment.name} does not fit {target.label}: {found.memory.total / GIB:.1f} GiB a device of "
+            f"{found.memory.available / GIB:.2f} (estimate). `tjax plan` with the same options and {target.typed} "
+            "names what would fit. (--no-doctor launches anyway)"
         )
 
 

@@ -36,6 +36,8 @@ class PlanOptions:
     experiment: Tree
     on: str = ""
     """A TPU slice (v5e-16, v4-32, v5p-128), or GPUs (h100-8, a100-80gb-16)."""
+    slices: int = 1
+    """Slices, joined over the data-centre network."""
     price: float = 0.0
     """Of a chip and hour, for the cost."""
     search: bool = False
@@ -54,11 +56,11 @@ def _plan(_: str, options: PlanOptions) -> int:
     jax.config.update("jax_platforms", "cpu")  # planning on a TPU or GPU machine leaves its devices alone
     if options.price < 0 or options.tries < 0:
         raise UserError("--price and --tries must not be negative.")
-    target = find_target(options.on)
+    target = find_target(options.on, options.slices)
     if options.search:
         return _search(options, target)
     if not options.estimate and target.compile_devices() is not None:
-        say(f"compiling for {target.name}: a minute or two, or some seconds if it does not fit")
+        say(f"compiling for {target.label}: a minute or two, or some seconds if it does not fit")
     found = plan(options.experiment, target, compile=not options.estimate)
     if isinstance(found, OutOfMemory) or not found.fits:
         raise _refusal(options, target, found)
@@ -75,9 +77,7 @@ def _search(options: PlanOptions, target: Target) -> int:
         print_json({"meshes": [_trial(trial) for trial in trials]})
     else:
         show_ranking(trials[:SHOWN], out())
-        out().print(
-            f"\nbest: tjax plan {options.experiment.name} --on {target.name} {trials[0].overrides}", markup=False
-        )
+        out().print(f"\nbest: tjax plan {options.experiment.name} {target.typed} {trials[0].overrides}", markup=False)
     return 0 if trials[0].fits else 2
 
 
@@ -88,7 +88,7 @@ def _refusal(options: PlanOptions, target: Target, found: Plan | OutOfMemory) ->
     else:
         needed, available, source = found.memory.total, found.memory.available, "estimate"
     size = f"{needed / GIB:.1f} GiB a device of {available / GIB:.2f} ({source})"
-    name = f"{options.experiment.name} does not fit {target.name}: {size}."
+    name = f"{options.experiment.name} does not fit {target.label}: {size}."
     if source == "estimate" and needed < CLOSE * available:
         name += " So close, an estimate may be wrong."
     say(f"{name} Trying what would fit")

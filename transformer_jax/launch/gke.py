@@ -15,6 +15,7 @@ from transformer_jax.errors import UserError
 from transformer_jax.launch.command import Command, ask, shell
 from transformer_jax.launch.job import Job, State
 from transformer_jax.launch.on_slices import OnSlices
+from transformer_jax.launch.slices import check_slices
 from transformer_jax.launch.tpu_vm import check_cloud
 from transformer_jax.launch.vendors import explain
 
@@ -53,8 +54,7 @@ class Gke(OnSlices):
     @property
     def where(self) -> str:
         """Slices and cluster."""
-        times = f"{self.slices} x " if self.slices > 1 else ""
-        return f"{times}{self.slice.name}{' spot' if self.spot else ''} in cluster {self.cluster}"
+        return f"{self.times}{self.slice.name}{' spot' if self.spot else ''} in cluster {self.cluster}"
 
     def check(self, job: Job) -> None:
         """Raise `UserError` for what GKE would refuse."""
@@ -62,9 +62,8 @@ class Gke(OnSlices):
             raise UserError(f"{self.slice.name} is not launched through GKE here; leave --cluster out.")
         if self.slices > 1 and self.slice.hosts == 1:
             raise UserError(f"GKE joins several slices only if each has several hosts, and {self.slice.name} has one.")
-        check_cloud(
-            self.project, self.zone if self.zone.count("-") == 2 else f"{self.zone}-a", self.bucket, self.slices
-        )
+        check_slices(self.slice, self.slices)
+        check_cloud(self.project, self.zone if self.zone.count("-") == 2 else f"{self.zone}-a", self.bucket)
         if wrong := [name for name, reference in job.secrets.items() if "/" not in reference]:
             raise UserError(f"--secret {wrong[0]}: on GKE it is given as VARIABLE=SECRET/KEY, of a Kubernetes Secret.")
 
@@ -75,7 +74,7 @@ class Gke(OnSlices):
         xpk += [f"--num-slices={self.slices}", f"--max-restarts={self.retries}", f"--docker-image={self.image}"]
         xpk += ["--spot"] if self.spot else []
         xpk += [f"--command={shlex.join(job.command)}"]
-        return [self.slice.describe(), "With xpk, from an image that holds the tree and its packages:", shell(xpk)]
+        return [self.describe(), "With xpk, from an image that holds the tree and its packages:", shell(xpk)]
 
     def commands(self, job: Job) -> list[Command]:
         """Pack, upload, reach the cluster, then apply the JobSet."""

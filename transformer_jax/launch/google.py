@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,13 +159,16 @@ def check_cluster(backend: Gke) -> Iterator[Check]:
     else:
         yield ok("JobSet", "the controller is installed")
     chosen = ",".join(f"{key}={value}" for key, value in backend.node_labels.items())
-    answer = ask(backend.kubectl("get", "nodes", f"--selector={chosen}", "--output=name"))
-    nodes = len(answer.out.split())
+    pool = r"{.items[*].metadata.labels.cloud\.google\.com/gke-nodepool}"
+    answer = ask(backend.kubectl("get", "nodes", f"--selector={chosen}", f"--output=jsonpath={pool}"))
+    # All hosts of a slice are in one node pool, and another slice is in another.
+    there = sum(nodes // backend.slice.hosts for nodes in Counter(answer.out.split()).values())
+    name, each = backend.slice.name, f"{backend.slice.hosts} node{'s' if backend.slice.hosts > 1 else ''} in one pool"
     if answer.code:
         yield unchecked("nodes", sentence(answer.err))
-    elif nodes < backend.hosts:
+    elif there < backend.slices:
         more = "a node pool that scales up may bring the others"
-        yield unchecked("nodes", f"{nodes} of {backend.hosts} nodes of {backend.slice.name} are there; {more}")
+        yield unchecked("nodes", f"{there} of {backend.slices} slices of {name} are there ({each} each); {more}")
     else:
-        yield ok("nodes", f"{nodes} nodes of {backend.slice.name}")
+        yield ok("nodes", f"{there} slices of {name} are there ({each} each)")
     yield unchecked("quota", "GKE takes it from Compute Engine when it makes nodes")

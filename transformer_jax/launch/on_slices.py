@@ -22,6 +22,16 @@ class OnSlices(Backend):
     spot: bool = False
 
     @property
+    def times(self) -> str:
+        """What stands before the name of the slice: "2 x ", or nothing."""
+        return f"{self.slices} x " if self.slices > 1 else ""
+
+    def describe(self) -> str:
+        """Say what is asked for, in one line."""
+        several = f"{self.slices} slices over DCN, each " if self.slices > 1 else ""
+        return several + self.slice.describe()
+
+    @property
     def chips(self) -> int:
         """Chips of all slices."""
         return self.slices * self.slice.chips

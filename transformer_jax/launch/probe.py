@@ -11,12 +11,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +49,20 @@ def peers() -> tuple[int, int, str, int]:
         chosen = int(env["SLURM_JOB_ID"]) % 2**12 + 65535 - 2**12 + 1  # as jax.distributed chooses it
         return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), names[0], chosen
     if "TPU_WORKER_HOSTNAMES" in env:
-        hosts = env["TPU_WORKER_HOSTNAMES"].split(",")
-        return int(env["TPU_WORKER_ID"]), len(hosts), hosts[0], port
+        return *_numbered(int(env["TPU_WORKER_ID"]), env["TPU_WORKER_HOSTNAMES"].split(","), env), port
     try:
-        workers = _metadata("worker-network-endpoints").split(",")
-        return int(_metadata("agent-worker-number")), len(workers), workers[0].split(":")[-1], port
+        hosts = [worker.split(":")[-1] for worker in _metadata("worker-network-endpoints").split(",")]
     except OSError:  # not on Google Cloud
         return 0, 1, "127.0.0.1", port
+    slices = dict(re.findall(r"^(MEGASCALE_\w+): *'?([^'\n]*)'?$", _metadata("tpu-env"), re.M))
+    return *_numbered(int(_metadata("agent-worker-number")), hosts, {**slices, **env}), port
+
+
+def _numbered(worker: int, hosts: list[str], env: Mapping[str, str]) -> tuple[int, int, str]:
+    """Number the workers of all slices through, as jax.distributed does; return the first one's host with them."""
+    slices, own = int(env.get("MEGASCALE_NUM_SLICES") or 1), int(env.get("MEGASCALE_SLICE_ID") or 0)
+    first = env.get("MEGASCALE_COORDINATOR_ADDRESS", "").split(":")[0] or hosts[0]
+    return own * len(hosts) + worker, slices * len(hosts), first
 
 
 def _metadata(key: str) -> str:

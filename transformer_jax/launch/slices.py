@@ -156,6 +156,14 @@ def known_slices() -> dict[str, Slice]:
     return found
 
 
+def check_slices(one: Slice, slices: int) -> None:
+    """Raise `UserError` if there cannot be so many slices of this type in one job."""
+    if slices < 1:
+        raise UserError(f"--slices must be at least 1, got {slices}.")
+    if slices > 1 and one.generation.name in ("v2", "v3"):  # the vendor's page on multislice
+        raise UserError(f"slices are joined from v4 on; {one.name} stands alone: --slices 1.")
+
+
 def find_slice(name: str) -> Slice:
     """Return the slice that `name` stands for: v5e-16, v5litepod-16, v4-32.
 

@@ -14,6 +14,7 @@ from transformer_jax.errors import UserError
 from transformer_jax.launch.command import GONE, Command, ask
 from transformer_jax.launch.job import Job, State
 from transformer_jax.launch.on_slices import OnSlices
+from transformer_jax.launch.slices import check_slices
 from transformer_jax.launch.vendors import explain
 from transformer_jax.launch.worker import HOME, TIMED_OUT, exports, exports_of, read_env, startup
 
@@ -35,8 +36,7 @@ class TpuVm(OnSlices):
     @property
     def where(self) -> str:
         """Slices and zone."""
-        times = f"{self.slices} x " if self.slices > 1 else ""
-        return f"{times}{self.slice.name}{' spot' if self.spot else ''} in {self.zone}"
+        return f"{self.times}{self.slice.name}{' spot' if self.spot else ''} in {self.zone}"
 
     def check(self, job: Job) -> None:
         """Raise `UserError` for what the Cloud TPU API would refuse."""
@@ -45,12 +45,14 @@ class TpuVm(OnSlices):
                 f"{self.slice.name} is not offered by the Cloud TPU API, only by GKE and Compute Engine: name a GKE "
                 "cluster with --cluster."
             )
-        check_cloud(self.project, self.zone, self.bucket, self.slices)
+        check_slices(self.slice, self.slices)
+        check_cloud(self.project, self.zone, self.bucket)
 
     def notes(self, job: Job) -> list[str]:
         """What the name of the slice means, and what the pod does by itself."""
         ends = "stays until `tjax stop`" if job.keep else "is given back by its first worker, watched or not"
-        return [self.slice.describe(), f"When training ends the slice {ends}."]
+        what = "slice" if self.slices == 1 else "request with all its slices"
+        return [self.describe(), f"When training ends the {what} {ends}."]
 
     # What is run here.
 
@@ -92,7 +94,8 @@ class TpuVm(OnSlices):
         create += [f"--network={self.network}"] if self.network else []
         create += [f"--subnetwork={self.subnetwork}"] if self.subnetwork else []
         create += ["--internal-ips"] if self.internal_ip else []
-        purpose = f"ask for {self.slice.name} ({self.slice.chips} chips); every worker runs startup.sh when it comes"
+        what = f"{self.times}{self.slice.name} ({self.chips} chips)"
+        purpose = f"ask for {what}; every worker runs startup.sh when it comes"
         return Command(purpose, tuple(create), {script: self._startup(job)})
 
     @property
@@ -222,7 +225,7 @@ class TpuVm(OnSlices):
         return Command("ask every worker", (*self._ssh(job, "all"), f"--command={line}"))
 
 
-def check_cloud(project: str, zone: str, bucket: str, slices: int) -> None:
+def check_cloud(project: str, zone: str, bucket: str) -> None:
     """Raise `UserError` for what no Google Cloud service could accept."""
     for name, value in (("project", project), ("zone", zone), ("bucket", bucket)):
         if not value:
@@ -231,5 +234,3 @@ def check_cloud(project: str, zone: str, bucket: str, slices: int) -> None:
         raise UserError(f"--zone {zone}: a zone looks like us-central2-b.")
     if not re.fullmatch(r"gs://[a-z0-9][\w.-]+(/[^\s/]+)*", bucket):
         raise UserError(f"--bucket {bucket}: a bucket is given as gs://NAME or gs://NAME/FOLDER.")
-    if slices < 1:
-        raise UserError(f"--slices must be at least 1, got {slices}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ KINDS = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     *("collective-permute", "collective-broadcast"),
 )
+
+SENT = {"one-to-one": "collective-permute"}
+"""What libtpu calls the exchanges of slices, where the name differs."""
 
 WORK = frozenset(("fusion", "dot", "convolution", "while", "call", "custom-call", "sort", "scatter"))
 """What a device can do while it waits for a collective."""
@@ -40,6 +43,18 @@ class Collective:
     source: str
     """The JAX operation it comes from."""
 
+    def parts(self, slices: int) -> Iterator[Collective]:
+        """Split a reduction that spans slices, as it is done: within them, between them, and within them again."""
+        members = self.groups.shape[1] // slices
+        if self.kind != "all-reduce" or slices == 1 or members == 1:
+            yield self
+            return
+        apart = self.groups.reshape(-1, slices, members)
+        within, between = apart.reshape(-1, members), apart.transpose(0, 2, 1).reshape(-1, slices)
+        yield replace(self, kind="reduce-scatter", groups=within)
+        yield replace(self, bytes=self.bytes // members, groups=between)
+        yield replace(self, kind="all-gather", groups=within)
+
     def axes(self, mesh: Mesh) -> str:
         """Name the axes of the mesh along which devices differ: "fsdp", "data+fsdp"."""
         sizes = list(mesh.shape.values())
@@ -48,12 +63,18 @@ class Collective:
         return "+".join(axis for axis, moves in zip(mesh.shape, moving, strict=True) if moves)
 
 
-def collectives(program: Program, devices: int) -> list[Collective]:
-    """List the collectives of a program for so many devices; those among one device only are none."""
+def collectives(program: Program, devices: int, slices: int = 1) -> list[Collective]:
+    """List the collectives of a program for so many devices in all; those among one device only are none.
+
+    A program is that of one slice; what slices send each other goes through the hosts.
+    """
     found = []
     seen: set[tuple[str, str]] = set()
     hidden = _asynchronous(program)
+    devices //= slices
     for name, instruction, times in program.walk():
+        if instruction.opcode == "send" and "megascale" in instruction.attributes:
+            found.append(_between(program, name, instruction, times, np.arange(slices * devices).reshape(slices, -1).T))
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
@@ -75,11 +96,22 @@ def collectives(program: Program, devices: int) -> list[Collective]:
                 bytes=_bytes(program, name, instruction, kind, groups.shape[1]),
                 times=times,
                 groups=groups,
-                overlapped=bool(chain) or name in hidden or _covered(program, name, instruction),
+                overlapped=bool(chain) or name in hidden or _covered(program, name, instruction, instruction.name),
                 source=instruction.source,
             )
         )
     return found
+
+
+def _between(program: Program, computation: str, send: Instruction, times: int, groups: Groups) -> Collective:
+    """Read what slices send each other; the answer comes with the same word."""
+    told = dict(re.findall(r'\b_xla_(\w+)="([^"]*)"', send.attributes))
+    word, kind = told["host_transfer_rendezvous"], told["megascale_transfer_type"].lower().replace("_", "-")
+    kind = SENT.get(kind, kind)
+    answers = (i for i in program.computations[computation].values() if i.opcode == "recv")
+    answer = next((i.name for i in answers if f'"{word}"' in i.attributes), send.name)
+    size = send.arrays[0].bytes * (groups.shape[1] if kind == "all-gather" else 1)
+    return Collective(kind, size, times, groups, _covered(program, computation, send, answer), word)
 
 
 def _bytes(program: Program, computation: str, instruction: Instruction, kind: str, size: int) -> int:
@@ -94,15 +126,15 @@ def _asynchronous(program: Program) -> frozenset[str]:
     return frozenset(i.attribute("calls") for i in started)
 
 
-def _covered(program: Program, computation: str, start: Instruction) -> bool:
-    """Tell whether there is work between the start and the end of a collective."""
-    if not start.opcode.endswith("-start"):
+def _covered(program: Program, computation: str, start: Instruction, awaited: str) -> bool:
+    """Tell whether there is work between the start of a collective and the end of what is awaited."""
+    if start.opcode != "send" and not start.opcode.endswith("-start"):
         return False
     inside = False
     for instruction in program.computations[computation].values():
         if instruction is start:
             inside = True
-        elif inside and start.name in instruction.operands and instruction.opcode.endswith("-done"):
+        elif inside and awaited in instruction.operands and instruction.opcode.endswith("-done"):
             return False
         elif inside and instruction.opcode in WORK:
             return True

@@ -38,8 +38,8 @@ class OutOfMemory:
     available: int
 
 
-def compile_step(trainer: Trainer, shapes: BatchShapes) -> Compiled | OutOfMemory:
-    """Compile the training step for the devices of the trainer's mesh.
+def compile_step(trainer: Trainer, shapes: BatchShapes, slices: int = 1) -> Compiled | OutOfMemory:
+    """Compile the training step for the devices of the trainer's mesh, which lie in so many slices.
 
     Raises:
         RuntimeError: the compiler failed for another reason than memory.
@@ -58,7 +58,7 @@ def compile_step(trainer: Trainer, shapes: BatchShapes) -> Compiled | OutOfMemor
         peak=max(memory.peak_memory_in_bytes, arguments),
         arguments=arguments,
         traffic=memory_traffic(program),
-        collectives=collectives(program, trainer.mesh.size),
+        collectives=collectives(program, trainer.mesh.size, slices),
     )
 
 

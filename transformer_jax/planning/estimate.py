@@ -14,6 +14,7 @@ from typing import Any
 from jax.extend import core
 
 from transformer_jax.planning.trace import Operation, Trace, Value
+from transformer_jax.sharding import EXPERT
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,22 @@ class _Reader:
     def _products(self, operation: Operation) -> int:
         if operation.name == "pallas_call":
             if cost := operation.parameters["cost_estimate"]:  # the kernel says it itself
-                return int(cost.flops)
+                return int(cost.flops) // self._parts(operation)
             # With the blocks that it leaves out, as plain attention is computed.
-            return math.prod(operation.parameters["grid_mapping"].grid) * _inside(operation.parameters["jaxpr"])
+            turns = math.prod(operation.parameters["grid_mapping"].grid)
+            return turns * _inside(operation.parameters["jaxpr"]) // self._parts(operation)
         if operation.name == "cond":
             return max(_inside(branch.jaxpr) for branch in operation.parameters["branches"])
         if operation.name != "dot_general":
             return 0
         (summed, _), _ = operation.parameters["dimension_numbers"]
-        left, right = operation.inputs
-        axes = {a for v in (left, right) for _, a in v.layout if a not in self.gathered}
-        parts = math.prod(self.sizes[axis] for axis in axes)
-        return 2 * math.prod(operation.outputs[0].shape) * math.prod(left.shape[d] for d in summed) // parts
+        summands = math.prod(operation.inputs[0].shape[d] for d in summed)
+        return 2 * math.prod(operation.outputs[0].shape) * summands // self._parts(operation)
+
+    def _parts(self, operation: Operation) -> int:
+        """Return among how many devices an operation is divided by the layout of what it takes."""
+        axes = {axis for value in operation.inputs for _, axis in value.layout if axis not in self.gathered}
+        return math.prod(self.sizes[axis] for axis in axes)
 
     def _moved(self, operation: Operation) -> int:
         made = sum(value.bytes(self.sizes) for value in operation.outputs)
@@ -137,6 +142,8 @@ class _Reader:
         if operation.name == "dot_general":
             for value in operation.inputs:
                 for _, axis in value.layout:
+                    if axis == EXPERT:
+                        continue  # tokens travel, experts stay: as many products, and nothing is put together
                     if axis in self.gathered and self.sizes[axis] > 1:
                         size = value.bytes(self.sizes) * self.sizes[axis]
                         result.exchanges.append(Exchange("all-gather", axis, size, 1))

@@ -110,20 +110,20 @@ class Plan:
 
     def cost(self, price: float) -> float | None:
         """Return the price of the run, at `price` per chip and hour."""
-        chips = self.target.slice.chips if self.target.slice else self.target.devices
-        return None if self.days is None else self.days * 24 * chips * price
+        return None if self.days is None else self.days * 24 * self.target.chips * price
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values."""
         return {
             "experiment": self.experiment.name,
             "source": self.source,
-            "on": {"name": self.target.name, "chip": self.target.chip.name}
+            "on": {"name": self.target.name, "slices": self.target.slices, "chip": self.target.chip.name}
             | {"devices": self.target.devices, "hosts": self.target.hosts},
             "mesh": self.mesh,
             "compute": vars(self.experiment.compute),
             "accumulate": self.experiment.train.accumulate,
             "parameters": self.parameters,
+            "active_parameters": self.flops.active,
             "tokens_per_step": self.flops.tokens,
             "flops_per_step": {**self.flops.named(), "computed": self.computed_flops},
             "memory_per_device": {**asdict(self.memory), "total": self.memory.total, "fits": self.fits},

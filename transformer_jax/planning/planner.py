@@ -46,7 +46,7 @@ def plan(experiment: Experiment, target: Target, *, compile: bool = True) -> Pla
     state = _state_bytes(trainer)
     if devices is None:
         return _assemble(trainer, target, guess, state, "estimate", None)
-    compiled = compile_step(trainer, shapes)
+    compiled = compile_step(trainer, shapes, target.slices)
     if isinstance(compiled, OutOfMemory):
         return compiled
     return _assemble(trainer, target, guess, state, "compiler", compiled)
@@ -97,7 +97,7 @@ def _assemble(
             f"comes to {guess.bytes / max(working, 1):.2f} of that."
         )
         parts = _scaled(parts, max(working, 0))
-    found = expected(trainer, guess) if compiled is None else compiled.collectives
+    found = expected(trainer, guess, target.slices) if compiled is None else compiled.collectives
     memory = Memory(**state, **parts, available=available)
     return Plan(
         experiment=experiment,

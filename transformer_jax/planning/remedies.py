@@ -154,10 +154,11 @@ def _accumulated(experiment: Experiment) -> Iterator[Experiment]:
 
 
 def _sharded(experiment: Experiment, target: Target) -> Iterator[Experiment]:
-    """Divide parameters and optimizer over 8, 64, ... devices, up to all."""
-    devices = target.devices // experiment.mesh.context
-    shares = [n for n in (8, 16, 32, 64, 128) if n < devices and devices % n == 0]
-    for fsdp in (*shares, devices):
+    """Divide parameters and optimizer over 8, 64, ... devices, up to all of a slice."""
+    devices = target.devices // (experiment.mesh.context * experiment.mesh.expert)
+    most = devices // target.slices  # slices are copies of the model
+    shares = [n for n in (8, 16, 32, 64, 128) if n < most and most % n == 0]
+    for fsdp in (*shares, most):
         if fsdp > experiment.mesh.fsdp:
             yield replace(experiment, mesh=replace(experiment.mesh, data=devices // fsdp, fsdp=fsdp, tensor=1))
 
@@ -173,10 +174,12 @@ def _fewer_rows(experiment: Experiment) -> Iterator[Experiment]:
 
 
 def _meshes(experiment: Experiment, target: Target) -> Iterator[Experiment]:
-    devices = target.devices // experiment.mesh.context
+    devices = target.devices // (experiment.mesh.context * experiment.mesh.expert)
     for tensor in _divisors(devices):
         for fsdp in _divisors(devices // tensor):
             data = devices // tensor // fsdp
+            if data % target.slices:
+                continue
             mesh = replace(experiment.mesh, data=data, fsdp=fsdp, tensor=tensor)
             yield dividing(replace(experiment, mesh=mesh), target)
 
@@ -192,7 +195,7 @@ def dividing(experiment: Experiment, target: Target) -> Experiment:
     """
     mesh, data = experiment.mesh, experiment.data
     others = math.prod(size for size in vars(mesh).values() if size != -1)
-    shards = math.prod(target.devices // others if n == -1 else n for n in (mesh.data, mesh.fsdp))
+    shards = math.prod(target.devices // others if n == -1 else n for n in (mesh.data, mesh.fsdp, mesh.expert))
     parts = shards * experiment.train.accumulate
     if data.rows_multiple % parts == 0:
         return experiment

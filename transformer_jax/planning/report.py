@@ -12,6 +12,9 @@ from transformer_jax.planning.remedies import Trial
 
 GIB = 2**30
 
+USUAL = ("data", "fsdp", "tensor")
+"""Axes of a mesh that are shown even where nothing is divided along them."""
+
 
 def show(plan: Plan, console: Console, price: float = 0.0) -> None:
     """Print everything about a plan."""
@@ -23,7 +26,8 @@ def show(plan: Plan, console: Console, price: float = 0.0) -> None:
     )
     console.print(f"{_source(plan)}\n", markup=False)
 
-    table = _table(f"{plan.parameters:,} parameters; FLOPs of a step of {plan.flops.tokens:,} positions", "lrr")
+    active = f" ({plan.flops.active:,} of a token)" if plan.flops.active != plan.parameters else ""
+    table = _table(f"{plan.parameters:,} parameters{active}; FLOPs of a step of {plan.flops.tokens:,} positions", "lrr")
     for name, count in (*plan.flops.named().items(), ("computed: all attention, recomputation", plan.computed_flops)):
         each = "n/a" if count is None else f"{count / plan.flops.tokens / 1e9:,.2f} G each"
         table.add_row(name, "n/a" if count is None else f"{count:.3e}", each)
@@ -96,7 +100,7 @@ def show_ranking(trials: list[Trial], console: Console) -> None:
 
 
 def _mesh(plan: Plan) -> str:
-    return " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    return " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1 or axis in USUAL)
 
 
 def _source(plan: Plan) -> str:

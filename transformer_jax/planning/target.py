@@ -13,7 +13,7 @@ from jax.experimental import topologies
 
 from transformer_jax.errors import UserError, closest
 from transformer_jax.hardware import CHIPS, Chip, chip_of
-from transformer_jax.launch.slices import Slice, find_slice
+from transformer_jax.launch.slices import Slice, check_slices, find_slice
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,34 @@ class Target:
     hosts: int
     slice: Slice | None = None
     """For TPUs."""
+    slices: int = 1
+    """As many of them, joined over the data-centre network."""
 
     @property
     def per_host(self) -> int:
         """Devices of one host."""
         return self.devices // self.hosts
 
+    @property
+    def chips(self) -> int:
+        """What is paid for."""
+        return self.slices * self.slice.chips if self.slice else self.devices
+
+    @property
+    def label(self) -> str:
+        """Short: "v5e-16", or "2 x v5e-16"."""
+        return f"{self.slices} x {self.name}" if self.slices > 1 else self.name
+
+    @property
+    def typed(self) -> str:
+        """As the options of the command line."""
+        return f"--on {self.name}" + (f" --slices {self.slices}" if self.slices > 1 else "")
+
     def describe(self) -> str:
         """Say what the name stands for, in one line."""
         hosts = "1 host" if self.hosts == 1 else f"{self.hosts} hosts"
-        return self.slice.describe() if self.slice else f"{self.name}: {self.devices} GPUs on {hosts}"
+        several = f"{self.slices} slices over DCN, each " if self.slices > 1 else ""
+        return several + self.slice.describe() if self.slice else f"{self.name}: {self.devices} GPUs on {hosts}"
 
     def stand_ins(self) -> list[Any]:
         """Return objects that a mesh takes for the devices: they have kind and place, and can do nothing."""
@@ -46,11 +64,11 @@ class Target:
                 for i in range(self.devices)
             ]
         x, y, z = (*self.slice.topology, 1)[:3]
-        places = ((a, b, c) for c, b, a in itertools.product(range(z), range(y), range(x)))
-        cores = self.slice.generation.devices
+        places = [(a, b, c) for c, b, a in itertools.product(range(z), range(y), range(x))]
+        each = itertools.product(range(self.slices), places, range(self.slice.generation.devices))
         return [
-            StandIn(i, "tpu", self.chip.kinds[0], place, core, i // self.per_host)
-            for i, (place, core) in enumerate(itertools.product(places, range(cores)))
+            StandIn(i, "tpu", self.chip.kinds[0], place, core, i // self.per_host, number)
+            for i, (number, place, core) in enumerate(each)
         ]
 
     def compile_devices(self) -> list[Any] | None:
@@ -68,6 +86,8 @@ class Target:
             more["chips_per_host_bounds"] = (1, 1, 1)
         if generation.name == "v4":
             more["chip_config_name"] = "megacore"  # one device a chip, as on Cloud TPU
+        if self.slices > 1:
+            more["num_slices"] = self.slices
         name = f"{generation.name}:{'x'.join(map(str, shape))}"
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices)
 
@@ -132,12 +152,18 @@ def _gpu_config(chip: Chip) -> str:
     )
 
 
-def find_target(name: str) -> Target:
+def find_target(name: str, slices: int = 1) -> Target:
     """Return what `name` stands for: a TPU slice (v5e-16, v5p-128, v4-32) or GPUs (h100-8, a100-80gb-16).
+
+    Args:
+        name: of one slice, or of all GPUs.
+        slices: how many of them.
 
     Raises:
         UserError: there is none; the closest is named.
     """
+    if several := re.fullmatch(r"([1-9]\d*) *[x*] *(.+)", name.strip()):
+        raise UserError(f"--on {name}: several slices are given as --on {several[2]} --slices {several[1]}.")
     kind, _, number = name.strip().lower().rpartition("-")
     gpus = {chip.name: chip for chip in CHIPS if chip.platform == "gpu"}
     if kind in gpus and re.fullmatch("[1-9][0-9]*", number):
@@ -145,6 +171,8 @@ def find_target(name: str) -> Target:
         hosts = -(-devices // chip.devices_per_host)
         if devices % hosts:
             raise UserError(f"--on {name}: {devices} GPUs do not fill {hosts} hosts of {chip.devices_per_host}.")
+        if slices != 1:
+            raise UserError(f"--slices says nothing about GPUs, only their number does: --on {kind}-{devices}.")
         return Target(name, chip, devices, hosts)
     try:
         found = find_slice(name)
@@ -155,7 +183,8 @@ def find_target(name: str) -> Target:
     known = chip_of(found.generation.name)
     if known is None:
         raise UserError(f"nothing is known of the chips of {found.name}; see transformer_jax/hardware.py.")
-    return Target(found.name, known, found.devices, found.hosts, found)
+    check_slices(found, slices)
+    return Target(found.name, known, slices * found.devices, slices * found.hosts, found, slices)
 
 
 def _installed(package: str) -> bool:

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 
 from transformer_jax.hardware import chip_of
+from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.planning.collectives import Collective
 from transformer_jax.planning.estimate import Estimate, estimate
 from transformer_jax.planning.layouts import WHOLE, Layout
 from transformer_jax.planning.roofline import as_groups
 from transformer_jax.planning.trace import trace
-from transformer_jax.sharding import BATCH_AXES, CONTEXT, batch_shards
+from transformer_jax.sharding import BATCH_AXES, CONTEXT, DATA, EXPERT, batch_shards
 from transformer_jax.train import Trainer, train_step
 
 GATHERED = frozenset(BATCH_AXES)
@@ -82,12 +83,13 @@ def _gathers_by_reduction(trainer: Trainer) -> bool:
     shardings = jax.tree.leaves(trainer.shardings().params)
     for leaf, sharding in zip(jax.tree.leaves(trainer.skeleton.abstract), shardings, strict=True):
         shard = sharding.shard_shape(leaf.shape)
-        if leaf.ndim > 1 and any(axis in GATHERED and shard[d] % LANES for d, axis in _layout(sharding, leaf)):
+        layout = ((d, axis) for d, axis in _layout(sharding, leaf) if axis in GATHERED and axis != EXPERT)
+        if leaf.ndim > 1 and any(shard[d] % LANES for d, _ in layout):
             return True
     return False
 
 
-def expected(trainer: Trainer, guess: Estimate) -> list[Collective]:
+def expected(trainer: Trainer, guess: Estimate, slices: int = 1) -> list[Collective]:
     """List the collectives that the layout asks for: those of the trace, and the reduction of the gradients."""
     mesh, times = trainer.mesh, trainer.experiment.train.accumulate
     width = jax.numpy.dtype(trainer.experiment.compute.dtype).itemsize
@@ -104,7 +106,22 @@ def expected(trainer: Trainer, guess: Estimate) -> list[Collective]:
             if n == 1:
                 continue
             if any(a == axis for _, a in _layout(sharding, leaf)):
+                if axis == EXPERT:
+                    continue  # the tokens of all devices have been there
                 found.append(Collective("reduce-scatter", size * n, times, as_groups(mesh, axis), False, ""))
             else:
-                found.append(Collective("all-reduce", size, times, as_groups(mesh, axis), False, ""))
-    return found
+                whole = Collective("all-reduce", size, times, as_groups(mesh, axis), False, "")
+                found += whole.parts(slices if axis == DATA else 1)
+    return found + _travels(trainer, width)
+
+
+def _travels(trainer: Trainer, width: int) -> list[Collective]:
+    """List the journeys of tokens to experts and back, forward and backward."""
+    mesh, model, times = trainer.mesh, trainer.experiment.model, trainer.experiment.train.accumulate
+    if mesh.shape[EXPERT] == 1 or not isinstance(model, GPTConfig):
+        return []
+    rows, length = trainer.experiment.data.batch_shapes()["tokens"][0]
+    positions = rows * length // (batch_shards(mesh) * mesh.shape[CONTEXT] * times)
+    size = width * model.width * round(positions * model.experts.chosen * model.experts.capacity)
+    journeys = 4 if trainer.experiment.compute.remat == "none" else 6  # those of the forward pass are made again
+    return [Collective("all-to-all", size, journeys * model.layers * times, as_groups(mesh, EXPERT), False, "")]

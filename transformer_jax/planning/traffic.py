@@ -10,7 +10,7 @@ NOTHING = frozenset(
     (
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "iota"),
         *("after-all", "partition-id", "replica-id", "optimization-barrier", "copy-done", "slice-done", "async-done"),
-        *("async-update", "all-gather-done", "all-reduce-done", "collective-permute-done"),
+        *("async-update", "all-gather-done", "all-reduce-done", "collective-permute-done", "send-done", "recv-done"),
         "rng-get-and-update-state",
     )
 )
@@ -38,6 +38,8 @@ def _moved(program: Program, computation: dict[str, Instruction], instruction: I
         case "copy-start" | "slice-start":
             to = instruction.arrays[0]
             return _main(operands[0].arrays, to.bytes) + _main([to])
+        case "send" | "recv":  # the operand or the result, once
+            return _main(instruction.arrays)
         case "dynamic-slice" | "slice" | "gather":
             return 2 * _main(instruction.arrays)
         case "dynamic-update-slice" | "scatter":
