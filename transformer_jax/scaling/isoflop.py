@@ -6,7 +6,7 @@ that opens downward has a maximum, and one whose vertex lies outside extrapolate
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -149,3 +149,20 @@ def _minima(budget: Budget, weight_BM: np.ndarray) -> tuple[np.ndarray, np.ndarr
         vertex = -coefficients[:, 1] / (2 * coefficients[:, 2])
     good = (sizes >= _SIZES) & (coefficients[:, 2] > 0) & (low < vertex) & (vertex < high)
     return np.where(good, budget.centre + budget.scale * vertex, np.nan), coefficients
+
+
+def along_curves(curves: Points, budgets: np.ndarray) -> Points:
+    """Read every training curve at each budget, interpolated in log L against log C: IsoFLOP points without new runs.
+
+    It is what a run shorter by design would have reached only where the schedule is the same up to there (Porian 2024,
+    section 3). A curve that has not begun, or has ended, has no point at that budget.
+    """
+    found = []
+    for run in np.unique(curves.run):
+        rows = np.flatnonzero(curves.run == run)
+        rows = rows[np.argsort(curves.C[rows])]
+        inside = (budgets >= curves.C[rows[0]]) & (budgets <= curves.C[rows[-1]])
+        C, N = budgets[inside], float(curves.N[rows[0]])
+        loss = np.exp(np.interp(np.log(C), np.log(curves.C[rows]), np.log(curves.loss[rows])))
+        found.append(Points(np.full(len(C), run), np.full(len(C), N), C / (6 * N), C, loss))
+    return Points(*(np.concatenate([getattr(p, f.name) for p in found]) for f in fields(Points)))
