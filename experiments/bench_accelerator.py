@@ -1,12 +1,14 @@
 """The rows of the throughput table that need an accelerator, in one run of under ten minutes and without a network.
 
 `make bench-gpu` runs it; `python -m experiments.bench_accelerator --small` is the same in miniature for any machine.
-Random parameters and random tokens: nothing is downloaded.
+Random parameters and random tokens: nothing is downloaded. Rows that begin with "peers" need PyTorch and transformers,
+here or in the interpreter that --python names; without them they say so, and the others run.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,12 +21,18 @@ import tyro
 from experiments.bert import bert_large
 from experiments.gpt import gpt2_124m, gpt2_355m, gpt2_1558m
 from experiments.transformer import transformer_big_wmt14_en_de
+from transformer_jax.bench.batches import sized
 from transformer_jax.bench.decode import Prompted
+from transformer_jax.bench.peer_spec import Variant
+from transformer_jax.bench.peers import bench_peers
 from transformer_jax.bench.run import Request, bench
 from transformer_jax.bench.train import Effort
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
 from transformer_jax.logs import say
+from transformer_jax.models.gpt import GPTConfig
+from transformer_jax.objectives import CausalLM
+from transformer_jax.provenance import provenance
 from transformer_jax.report import table
 
 Point = dict[str, Any]
@@ -33,17 +41,28 @@ RESULTS = Path(__file__).with_name("results")
 
 
 @dataclass(frozen=True)
+class Peers:
+    """The same work in PyTorch, by turns."""
+
+    batch: tuple[int, ...]
+    variants: tuple[Variant, ...]
+    length: int = 0
+    prompted: Prompted | None = None
+    budget: float = 15.0
+
+
+@dataclass(frozen=True)
 class Row:
     """One piece of work."""
 
     name: str
     experiment: Experiment
-    request: Request
+    request: Request | Peers
     unit: str
     figure: Callable[[Point], float]
     """What is compared with the bar, of a point."""
     bars: tuple[float, ...]
-    """One for each point, or for all; on one H100, bfloat16 (ratios and shares hold anywhere)."""
+    """One for each point, or for all, or none; on one H100, bfloat16 (ratios and shares hold anywhere)."""
     aims: tuple[float, ...]
 
 
@@ -59,6 +78,8 @@ class Options:
     """Miniature models, for a test on any machine."""
     rows: tuple[str, ...] = ()
     """Names of rows; by default all."""
+    python: str = ""
+    """Interpreter that has PyTorch and transformers; by default this one."""
     out: Path = field(default_factory=lambda: RESULTS)
     """Folder of the result."""
 
@@ -81,20 +102,53 @@ def rows(small: bool = False, seconds: float = 15.0) -> list[Row]:
     big = _bf16(transformer_big_wmt14_en_de())
     translation = Request(batch=(384,), length=(64,), effort=effort)  # 24,576 tokens a side, none of them padding
     writing = Request(what="decode", batch=decoding, prompted=Prompted(128, 384), effort=effort)
+    integers = replace(writing, batch=decoding[:2], prompted=Prompted(128, 384, "int8"))
     depths = Request(what="compile", batch=(8,), length=(1024,), layers=(12, 96))
+    contexts = Request(batch=(1,), length=(16, 64) if small else (8192, 32_768, 131_072), effort=effort)
     large = gpt2_1558m()
     saved = replace(large, compute=replace(large.compute, remat="dots"))
+
+    def peers(name: str, experiment: Experiment, batch: int, length: int, *variants: Variant) -> Row:
+        request = Peers((batch,), variants, length, budget=seconds)
+        return Row(f"peers_{name}", experiment, request, "x the best peer", _ratio, (1.0,), (1.2,))
+
+    against = Peers(decoding[:2], ("dynamic", "static-compile"), prompted=Prompted(128, 384), budget=seconds)
     found = [
         train("gpt2_124m", gpt2_124m(), 32, 1024, 430e3, 500e3),
-        bert(128, 128, 1490, 1750),
-        bert(512, 32, 350, 410),
-        Row("transformer_big", big, translation, "of the product's rate", _of_product, (0.38,), (0.45,)),
+        peers("gpt2_124m", gpt2_124m(), 32, 1024, "compile", "compile-cudnn"),
         Row("decode_gpt2_1558m", large, writing, "of the floor", shares, (0.60, 0.55, 0.50), (0.75, 0.70, 0.65)),
+        Row("peers_decode_gpt2_1558m", large, against, "x the best peer", _ratio, (1.5,), (1.5,)),
+        bert(128, 128, 1490, 1750),
+        peers("bert_large_128", _bf16(bert_large()), 128, 128, "compile"),
+        Row("transformer_big", big, translation, "of the product's rate", _of_product, (0.38,), (0.45,)),
+        peers("transformer_big", big, 384, 64, "compile"),
+        bert(512, 32, 350, 410),
         train("gpt2_355m", gpt2_355m(), 16, 1024, 165e3, 190e3),
         train("gpt2_1558m", saved, 16, 1024, 38e3, 46e3),
+        Row("decode_int8_gpt2_1558m", large, integers, "tokens/s", tokens, (), ()),
         Row("compile_12_to_96", gpt2_124m(), depths, "times as long", lambda p: p["ratio"], (1.2,), (1.2,)),
+        Row("context_to_128k", _long(), contexts, "KiB a token", _kib_a_token, (), ()),
+        peers("bert_large_512", _bf16(bert_large()), 32, 512, "compile"),
+        peers("gpt2_355m", gpt2_355m(), 16, 1024, "compile"),
+        peers("gpt2_1558m", saved, 16, 1024, "compile"),
     ]
     return [_small(row) for row in found] if small else found
+
+
+def _long() -> Experiment:
+    """A small decoder that reads long rows: rotary positions, and logits of a few positions at a time."""
+    base = gpt2_124m()
+    model = GPTConfig(layers=6, width=384, heads=6, context=131_072, positions="rope")
+    compute = replace(base.compute, remat="full")
+    return replace(base, name="gpt_long", model=model, compute=compute, objective=CausalLM(chunk=1024))
+
+
+def _ratio(point: Point) -> float:
+    return float(point["ratios"][point["best"]["medians"]]["medians"])
+
+
+def _kib_a_token(point: Point) -> float:
+    return float(point["memory"]["compiler"] / 1024 / (point["rows"] * point["length"]))
 
 
 def _of_product(point: Point) -> float:
@@ -103,6 +157,9 @@ def _of_product(point: Point) -> float:
 
 def _bf16(experiment: Experiment) -> Experiment:
     return replace(experiment, compute=replace(experiment.compute, dtype="bfloat16"))
+
+
+_UNCOMPILED: tuple[Variant, ...] = ("eager",)
 
 
 def _small(row: Row) -> Row:
@@ -115,14 +172,21 @@ def _small(row: Row) -> Row:
         compute=replace(row.experiment.compute, dtype="float32"),
         decode=replace(row.experiment.decode, beam=1),
     )
-    request = replace(
-        row.request,
-        batch=row.request.batch if row.request.what == "decode" else (8,),
-        length=(16,),
-        prompted=Prompted(8, 4),
-        layers=(1, 3),
-        effort=replace(row.request.effort, budget=0.1, width=0.5, warm_cache=False),
-    )
+    request: Request | Peers
+    if isinstance(row.request, Peers):
+        prompted = row.request.prompted and Prompted(8, 4)
+        request = replace(row.request, batch=(8,), length=16, prompted=prompted, budget=0.1, variants=_UNCOMPILED)
+        if prompted:
+            request = replace(request, length=0, variants=("dynamic",))
+    else:
+        request = replace(
+            row.request,
+            batch=row.request.batch if row.request.what == "decode" else (8,),
+            length=row.request.length if len(row.request.length) > 1 else (16,),
+            prompted=Prompted(8, 4, row.request.prompted.weights),
+            layers=(1, 3),
+            effort=replace(row.request.effort, budget=0.1, width=0.5, warm_cache=False),
+        )
     return replace(row, experiment=experiment, request=request)
 
 
@@ -131,6 +195,7 @@ def main(options: Options) -> Path:
     wanted = [row for row in rows(options.small, options.seconds) if not options.rows or row.name in options.rows]
     if not wanted:
         raise UserError(f"--rows: choose among {', '.join(row.name for row in rows())}.")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch has to live beside us
     device = jax.devices()[0].device_kind.lower().replace(" ", "_")
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"bench_{device}{'_small' if options.small else ''}.json"
@@ -141,7 +206,7 @@ def main(options: Options) -> Path:
         else:
             say(f"== {row.name}")
             try:
-                results[row.name] = bench([("", row.experiment)], row.request)
+                results[row.name] = _run(row, options.python)
             except UserError as error:
                 say(f"failed: {error}")
                 results[row.name] = {"failed": str(error)}
@@ -149,6 +214,17 @@ def main(options: Options) -> Path:
     print(summary(wanted, results))
     say(f"{file}, {(time.monotonic() - began) / 60:.1f} min")
     return file
+
+
+def _run(row: Row, python: str) -> dict[str, Any]:
+    asked = row.request
+    if isinstance(asked, Request):
+        return bench([("", row.experiment)], asked)
+    points = [
+        bench_peers(sized(row.experiment, batch, asked.length), asked.variants, python, asked.budget, asked.prompted)
+        for batch in asked.batch
+    ]
+    return {"what": "peers", "points": points, "provenance": provenance()}
 
 
 def summary(wanted: list[Row], results: dict[str, Any]) -> str:
@@ -160,12 +236,13 @@ def summary(wanted: list[Row], results: dict[str, Any]) -> str:
             lines.append([row.name, "", result["failed"], "", "", ""])
             continue
         for i, point in enumerate(result["points"]):
-            bar, aim = (marks[min(i, len(marks) - 1)] for marks in (row.bars, row.aims))
-            if "failed" in point:
-                lines.append([row.name, point["rows"], point["failed"], row.unit, bar, aim])
+            bar, aim = (f"{marks[min(i, len(marks) - 1)]:,g}" if marks else "" for marks in (row.bars, row.aims))
+            work = [row.name, f"{point['rows']} x {point['length']}"]
+            if "failed" in point and isinstance(point["failed"], str):
+                lines.append([*work, point["failed"], row.unit, bar, aim])
                 continue
-            lines.append([row.name, point["rows"], f"{row.figure(point):,.4g}", row.unit, f"{bar:,g}", f"{aim:,g}"])
-    return table(["work", "rows", "figure", "unit", "bar (H100)", "aim"], lines)
+            lines.append([*work, f"{row.figure(point):,.4g}", row.unit, bar, aim])
+    return table(["work", "rows x length", "figure", "unit", "bar (H100)", "aim"], lines)
 
 
 if __name__ == "__main__":

@@ -49,14 +49,18 @@ def test_decoding_by_a_decoder_alone():
     cache = 8 * 31 * (2 * 24 * 4) * (11 + 20 / 2) / 31
     assert 4 * weights + cache <= point["bytes_per_token"] <= 4 * weights + 1.1 * cache  # positions of the places
     assert point["floor_seconds"] == point["bytes_per_token"] / 1e12
-    assert point["parameter_bytes_held"] == 4 * weights
+    assert point["parameter_bytes"] == 4 * weights
     assert any("greedy" in line for line in told("decode", point))
 
 
 def test_decoding_by_a_translator():
     decode = replace(SMALL.decode, beam=3)
-    point = bench_decode(sized(replace(SMALL, decode=decode), 8, 16), Prompted(9, 5), QUICK, FAST)
+    experiment = sized(replace(SMALL, decode=decode), 8, 16)
+    point = bench_decode(experiment, Prompted(9, 5, "int8"), QUICK, FAST)
     assert (point["rows"], point["length"], point["new"], point["how"]) == (8, 9, 5, "beam of 3")
+    # A byte a number of the decoder's matrices and of the table; four a scale, a bias, and a number of the three norms.
+    matrices, scales = 2 * 4 * 24 * 24 + 2 * 24 * 40 + 306 * 24, 2 * 4 * 24 + 40 + 24 + 306
+    assert point["parameter_bytes"] == matrices + 4 * (scales + 40 + 24 + 3 * 2 * 24)
     memory = 8 * 9 * 2 * 24 * 4
     assert memory < point["bytes_per_token"]
     assert point["prefill_seconds"]["median"] > 0

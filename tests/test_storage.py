@@ -15,10 +15,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.tiny import tiny, write_pairs
 from transformer_jax import checkpoint, logs, verbs
+from transformer_jax.cli import main
 from transformer_jax.cli.verb import experiment_of
 from transformer_jax.errors import UserError
 from transformer_jax.logs import MetricsLog, read_metrics
-from transformer_jax.storage import is_remote, move, run_path, written_here
+from transformer_jax.storage import folder_here, is_remote, move, run_path, written_here
 
 
 class Bucket(MemoryFileSystem):
@@ -111,6 +112,18 @@ def test_what_is_no_bucket_of_ours():
     assert run_path("runs/demo") == Path("runs/demo")
     with pytest.raises(UserError, match=r"gss://bucket/run: a run can be in a folder or in gs://.* Did you mean 'gs'"):
         run_path("gss://bucket/run")
+
+
+@pytest.mark.parametrize("verb", [("sweep", "lstm_against_transformer"), ("compare", "lstm_against_transformer")])
+def test_what_keeps_its_table_here_refuses_a_bucket_before_any_work(monkeypatch, tmp_path, capsys, verb):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main([*verb, "--out", "gs://bucket/runs"])
+    assert "--out gs://bucket/runs: a " in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="s3://b/c: a sweep is kept in a folder of this machine"):
+        folder_here("s3://b/c", "a sweep")
+    assert folder_here("runs/c", "a sweep") == Path("runs/c")
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -69,6 +69,11 @@ class Checkpoints:
         self.run, self.trainer, self.log = run, trainer, log
         self.tokenizer_json, self.labels = tokenizer_json, list(labels)
         self.manager = self._open()
+        # Once: the loop stands still while a save begins, and tracing the model takes longer than a small step.
+        self._experiment_json = trainer.experiment.to_json()
+        layout = stack_layers(trainer.shardings(), _stack_shardings)
+        self._stacked: Any = jax.jit(stack_layers, out_shardings=layout)
+        self._size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trainer.abstract_state()))
 
     def _open(self) -> ocp.CheckpointManager:
         latest = checkpoint_managers.LatestN(self.trainer.experiment.train.keep)
@@ -136,9 +141,9 @@ class Checkpoints:
             return
         self.wait()
         self._check_space()
-        stacked = jax.jit(stack_layers, out_shardings=stack_layers(self.trainer.shardings(), _stack_shardings))(state)
+        stacked = self._stacked(state)
         meta = {
-            "experiment": self.trainer.experiment.to_json(),
+            "experiment": self._experiment_json,
             "tokenizer": self.tokenizer_json,
             "labels": self.labels,
             "data": iterator.get_state(),
@@ -182,8 +187,7 @@ class Checkpoints:
     def _check_space(self) -> None:
         if is_remote(self.run):
             return
-        state = self.trainer.abstract_state()
-        need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) // jax.process_count()
+        need = self._size // jax.process_count()
         free = shutil.disk_usage(self.run).free
         if free < need:
             raise UserError(

@@ -17,8 +17,9 @@ from transformer_jax.data.tokenizer import Tokenizer
 from transformer_jax.decoding import TURNS, Decoding
 from transformer_jax.errors import UserError
 from transformer_jax.generation import Completion, Generation, Line, News, Speed
-from transformer_jax.models.gpt import GPTConfig
+from transformer_jax.models import LanguageModelConfig
 from transformer_jax.nn.module import Params, Skeleton
+from transformer_jax.nn.weights import Weights, hold, holding
 from transformer_jax.objectives import Seq2Seq
 from transformer_jax.prompts import PromptEncoder
 from transformer_jax.sampling import Chunk
@@ -63,20 +64,23 @@ class Completer:
     draft_tokens: int = 0
 
     @staticmethod
-    def open(run: str | Path, average: int = 1, mesh: MeshConfig | None = None) -> Completer:
+    def open(
+        run: str | Path, average: int = 1, mesh: MeshConfig | None = None, weights: Weights = "float"
+    ) -> Completer:
         """Open a run folder; the parameters are those of the newest `average` checkpoints.
 
         Args:
             run: the run folder.
             average: checkpoints to average.
             mesh: how devices are arranged; by default each holds the whole model, and they share the rows.
+            weights: how matrices are held (`nn/weights.py`).
 
         Raises:
             UserError: there is no checkpoint, or it is no decoder-only model.
         """
         run = run_path(run)
         experiment, tokenizer_json = load_meta(run)
-        if not isinstance(experiment.model, GPTConfig):
+        if not isinstance(experiment.model, LanguageModelConfig):
             way = (
                 "`tjax translate` writes with it" if isinstance(experiment.objective, Seq2Seq) else "see `tjax --help`"
             )
@@ -85,9 +89,11 @@ class Completer:
         compute = replace(experiment.compute, layers="unrolled", attention="xla", remat="none")
         skeleton, devices = Skeleton.of(experiment.model, compute), make_mesh(mesh or MeshConfig())
         tokenizer = Tokenizer.from_json(tokenizer_json, where=f"the tokenizer of {run}")
-        return Completer(
-            experiment, tokenizer, skeleton, devices, lambda: load_params(run, skeleton, devices, average)[0]
-        )
+
+        def load() -> Params:
+            return hold(skeleton, load_params(run, skeleton, devices, average)[0], weights, devices)
+
+        return Completer(experiment, tokenizer, holding(skeleton, weights), devices, load)
 
     def drafted_by(self, draft: Completer, draft_tokens: int = 4) -> Completer:
         """Return the same model with a smaller one that drafts `draft_tokens` tokens a turn (see `speculative.py`).
@@ -108,9 +114,9 @@ class Completer:
         return replace(self, draft=draft, draft_tokens=draft_tokens)
 
     @property
-    def config(self) -> GPTConfig:
+    def config(self) -> LanguageModelConfig:
         """Sizes of the model."""
-        return cast(GPTConfig, self.skeleton.config)
+        return cast(LanguageModelConfig, self.skeleton.config)
 
     @cached_property
     def encoder(self) -> PromptEncoder:

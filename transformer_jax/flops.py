@@ -30,7 +30,7 @@ class Flops:
     matmuls: int
     """Three times the matrix products of the forward pass; attention halved where causal, the output layer counted."""
     six_n: int
-    """6 x all parameters x tokens (Kaplan 2020, with the embeddings)."""
+    """6 x all parameters x tokens (Kaplan 2020, with the embeddings); of experts, those that a token takes."""
     six_n_non_embedding: int
     """6 x parameters outside the tables x tokens (Kaplan 2020, section 2.1)."""
     palm: int | None
@@ -40,6 +40,8 @@ class Flops:
     """
     tokens: int
     """Positions of the batch, padding included: of the target where there are two sides."""
+    active: int
+    """Parameters that a token meets: all, but of experts only those that it takes."""
 
     def named(self) -> dict[str, int | None]:
         """Return FLOPs by the name of the convention that people know."""
@@ -60,15 +62,26 @@ def flops(experiment: Experiment) -> Flops:
 def count(model: ModelConfig, shapes: Shapes) -> Flops:
     """Count the FLOPs of one training step of a model on a batch of these shapes."""
     skeleton = Skeleton.of(model, replace(ComputeConfig(), layers="scan"))
-    total = parameter_count(skeleton.abstract)
+    active = active_parameters(skeleton)
     tokens = tokens_of(shapes)
     return Flops(
         matmuls=3 * model.forward_flops(shapes),
-        six_n=6 * total * tokens,
-        six_n_non_embedding=6 * (total - _in_tables(skeleton.abstract, skeleton.letters, TABLES)) * tokens,
+        six_n=6 * active * tokens,
+        six_n_non_embedding=6 * (active - _in_tables(skeleton.abstract, skeleton.letters, TABLES)) * tokens,
         palm=_palm(model, skeleton, tokens, shapes),
         tokens=tokens,
+        active=active,
     )
+
+
+def active_parameters(skeleton: Skeleton) -> int:
+    """Count the parameters that a token meets: all, but of the experts only those that it takes."""
+    total = parameter_count(skeleton.abstract)
+    if isinstance(skeleton.config, GPTConfig) and (experts := skeleton.config.experts).count:
+        leaves = zip(jax.tree.leaves(skeleton.abstract), jax.tree.leaves(skeleton.letters), strict=True)
+        every = sum(leaf.size for leaf, names in leaves if names.removeprefix("L").startswith("E"))
+        total -= every // experts.count * (experts.count - experts.chosen)
+    return total
 
 
 def tokens_of(shapes: Shapes) -> int:
@@ -92,7 +105,7 @@ def _palm(model: ModelConfig, skeleton: Skeleton, tokens: int, shapes: Shapes) -
             pairs = model.layers * shapes["tokens"][0] * shapes["tokens"][1] ** 2
         case _:
             return None
-    parameters = parameter_count(skeleton.abstract) - _in_tables(skeleton.abstract, skeleton.letters, ("TD",))
+    parameters = active_parameters(skeleton) - _in_tables(skeleton.abstract, skeleton.letters, ("TD",))
     return 6 * parameters * tokens + 12 * model.block.heads * model.block.size * pairs
 
 

@@ -116,6 +116,7 @@ _PAPER = "Jouppi 2020, A Domain-Specific Supercomputer for Training Deep Neural 
 CHIPS = (
     # TFLOP/s bfloat16, TOP/s int8, GiB, GB/s, GB/s of a link in one direction, dimensions, ring from this length on.
     # The pages give the bandwidth of all links in both directions: a link in one direction has that over 2 x links.
+    # gbit: of the data-centre network, per chip; the pages of v5e and v6e give that of a pod of 256 (6.4, 25.6 Tbit/s).
     # RAM is that of the machine types ct4p, ct5lp, ct5p, ct6e and tpu7x for each chip.
     _tpu("v2", ("TPU v2",), 45, None, 16, 700, 62, 2, 16, cores=2, source=_PAPER),
     _tpu("v3", ("TPU v3",), 123, None, 32, 900, 82, 2, 32, cores=2, source=f"{_GOOGLE}v3; links: {_PAPER}"),

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from transformer_jax.by_position import by_position, next_tokens
 from transformer_jax.checkpoint import load_meta, load_params
 from transformer_jax.config import DataConfig, Experiment, MeshConfig, flatten
 from transformer_jax.data.baselines import baselines
@@ -36,17 +37,24 @@ from transformer_jax.train import Trainer
 RESAMPLES = 1000
 
 
-def held_out(run: Path, test: str = "") -> dict[str, Any]:
+def held_out(run: Path, test: str = "", *, positions: bool = False) -> dict[str, Any]:
     """Score a run on its test split, or on another test set that its data can read.
+
+    Args:
+        run: the run folder.
+        test: another test set.
+        positions: also score next tokens by their position.
 
     Returns:
         "scores": by name, "value" and "interval" (95 %, bootstrap over batches or examples); "floors": what needs no
-        training of ours, by name; and facts about the run, as JSON.
+        training of ours, by name; "by_position", if asked for; and facts about the run, as JSON.
 
     Raises:
-        UserError: no readable checkpoint, or absent or malformed data.
+        UserError: no readable checkpoint, absent or malformed data, or positions of a run that predicts no next token.
     """
     experiment, tokenizer_json = load_meta(run)
+    if positions:
+        next_tokens(experiment)
     config = _with_test(experiment, test)
     data = config.open(experiment.model.vocab_size, tokenizer_json)
     say(data.describe())
@@ -57,6 +65,7 @@ def held_out(run: Path, test: str = "") -> dict[str, Any]:
     eval_step = trainer.eval_step()
     parts = [eval_step(params, trainer.put(batch)) for batch in data.test_batches()]
     scores = _objective_scores(trainer, jax.device_get(parts))
+    placed = {"by_position": by_position(trainer, params, data.test_batches()).to_json()} if positions else {}
     floors: dict[str, dict[str, Any]] = {}
     if isinstance(config, LabelledText) and isinstance(data, LabelledData):
         metrics = _label_metrics(config, data)
@@ -78,6 +87,7 @@ def held_out(run: Path, test: str = "") -> dict[str, Any]:
         "test": test or f"{dict(flatten(config)).get('dataset', type(config).__name__)} (test)",
         "scores": scores,
         "floors": floors,
+        **placed,
         "data": data.summary(),
         "provenance": provenance(),
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from transformer_jax import compilation_cache
 from transformer_jax.checkpoint import Checkpoints, check_same_run, load_meta, steps_of
 from transformer_jax.config import Experiment, flatten
 from transformer_jax.data.labelled_data import LabelledData
@@ -54,6 +55,8 @@ def run_training(experiment: Experiment, run: Path) -> tuple[Outcome, OpenData]:
     iterator = data.train_iterator(experiment.train.seed, jax.process_index(), jax.process_count())
     say(trainer.describe())
     say(data.describe())
+    if kept := compilation_cache.where():
+        say(f"compiled programs are kept in {kept}")
     run.mkdir(parents=True, exist_ok=True)
     tokenizer_json = data.tokenizer.to_json() if data.tokenizer else ""
     checkpoints = Checkpoints(run, trainer, tokenizer_json, labels, say)

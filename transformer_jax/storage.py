@@ -41,6 +41,20 @@ def run_path(where: str | os.PathLike[str]) -> Path:
     return path
 
 
+def folder_here(where: str | os.PathLike[str], what: str) -> Path:
+    """Return a folder of this machine for what is not kept in buckets.
+
+    Raises:
+        UserError: it is in a bucket.
+    """
+    if re.match(r"\w+:/+", os.fspath(where)):
+        raise UserError(
+            f"--out {where}: {what} is kept in a folder of this machine (or one that machines share); give one, and "
+            "copy it to the bucket afterwards."
+        )
+    return Path(where)
+
+
 def is_remote(path: Path) -> bool:
     """Say whether a path is in a bucket: no appending, no disk that could be full."""
     return not isinstance(path, Path)

@@ -85,14 +85,21 @@ class Trainer:
         return trainer
 
     def check_positions(self) -> None:
-        """Raise `UserError` if the mesh does not divide the positions of the largest batch, by tracing its loss."""
+        """Raise `UserError` if the mesh does not divide the positions of the largest batch, by tracing its loss.
+
+        With a key, as in training.
+        """
         batch = {
             name: jax.ShapeDtypeStruct(shape, dtype)
             for name, (shape, dtype) in self.experiment.data.batch_shapes().items()
             if name != "example"
         }
+        objective = self.experiment.objective
         with jax.set_mesh(self.mesh):
-            jax.eval_shape(self._objective, self.skeleton.abstract, batch)
+            jax.eval_shape(
+                lambda params, batch, key: objective(self.skeleton.bind(params), batch, key),
+                *(self.skeleton.abstract, batch, jax.random.key(0)),
+            )
 
     def describe(self) -> str:
         """Say in one line what runs where."""

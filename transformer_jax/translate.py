@@ -19,6 +19,7 @@ from transformer_jax.data.tokenizer import Tokenizer
 from transformer_jax.errors import UserError
 from transformer_jax.generate import beam_search, greedy
 from transformer_jax.nn.module import Params, Skeleton
+from transformer_jax.nn.weights import Weights, hold, holding
 from transformer_jax.sharding import batch_sharding, batch_shards, make_mesh
 from transformer_jax.storage import run_path
 
@@ -46,8 +47,10 @@ class Translator:
     """The checkpoints whose parameters are averaged."""
 
     @staticmethod
-    def open(run: str | Path, average: int | None = None) -> Translator:
+    def open(run: str | Path, average: int | None = None, weights: Weights = "float") -> Translator:
         """Load the newest `average` checkpoints (the experiment's own number unless given).
+
+        `weights` says how matrices are held (`nn/weights.py`).
 
         Raises:
             UserError: the folder holds no readable checkpoint, or too few.
@@ -60,7 +63,8 @@ class Translator:
         mesh = make_mesh(MeshConfig())
         params, steps = load_params(run, skeleton, mesh, average or experiment.decode.average)
         tokenizer = Tokenizer.from_json(tokenizer_json, where=f"the tokenizer of {run}")
-        return Translator(experiment, tokenizer, skeleton, params, mesh, steps)
+        held = hold(skeleton, params, weights, mesh)
+        return Translator(experiment, tokenizer, holding(skeleton, weights), held, mesh, steps)
 
     def translate(self, sentences: Iterable[str], decode: DecodeConfig | None = None) -> Iterator[Translation]:
         """Yield one translation a sentence, in order, a batch at a time. An empty sentence stays empty."""

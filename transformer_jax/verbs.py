@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,17 +15,19 @@ import jax
 import numpy as np
 
 from transformer_jax.attention_page import AttentionMap, Choice, Heads, attention_page
+from transformer_jax.by_position import next_tokens
 from transformer_jax.checkpoint import load_meta
 from transformer_jax.config import DecodeConfig, Experiment, flatten
-from transformer_jax.curves import draw_numbered
+from transformer_jax.curves import compact_json, draw_numbered
 from transformer_jax.data.translation import ParallelText
 from transformer_jax.errors import UserError
 from transformer_jax.evaluate import Scored, parallel_text, read_test, score
+from transformer_jax.flops import active_parameters
 from transformer_jax.held_out import held_out
 from transformer_jax.logs import read_metrics
 from transformer_jax.loop import Outcome, run_training
 from transformer_jax.nn.module import Skeleton, parameter_count
-from transformer_jax.plots import attention_grid, loss_curve
+from transformer_jax.plots import Curve, attention_grid, curves, loss_curve
 from transformer_jax.provenance import provenance
 from transformer_jax.recipes import plans, recipes
 from transformer_jax.storage import run_path
@@ -47,11 +50,12 @@ def show(experiment: Experiment) -> dict[str, Any]:
     """Count the parameters of an experiment by component, without allocating any memory.
 
     Returns:
-        "experiment" (its name), "parameters" (by component, and "total"), "published" (the paper's count, if any)
-        and "settings" (every field).
+        "experiment" (its name), "parameters" (by component, and "total"), "active" (those that a token meets, fewer
+        with experts), "published" (the paper's count, if any) and "settings" (every field).
     """
     experiment.check()
-    abstract = Skeleton.of(experiment.model, replace(experiment.compute, layers="scan")).abstract
+    skeleton = Skeleton.of(experiment.model, replace(experiment.compute, layers="scan"))
+    abstract = skeleton.abstract
     components: dict[str, int] = {}
     for name, part in abstract.items():
         layers = part.get("layers") if isinstance(part, dict) else None
@@ -63,6 +67,7 @@ def show(experiment: Experiment) -> dict[str, Any]:
     return {
         "experiment": experiment.name,
         "parameters": components | {"total": parameter_count(abstract)},
+        "active": active_parameters(skeleton),
         "published": None if published is None else vars(published),
         "settings": {key: value for key, value in flatten(experiment) if not key.startswith("published")},
     }
@@ -110,7 +115,9 @@ class Evaluation:
     """Positions in the test set of the sentences to show."""
 
 
-def evaluate(run: str | Path, test: str = "", decode: DecodeConfig | None = None) -> Evaluation:
+def evaluate(
+    run: str | Path, test: str = "", decode: DecodeConfig | None = None, *, by_position: bool = False
+) -> Evaluation:
     """Score a run on its held-out test split, or on another test set, beside floors that need no training of ours.
 
     Writes evaluation.json, a picture of what is scored by number (errors after k examples), and, for a translator,
@@ -121,20 +128,28 @@ def evaluate(run: str | Path, test: str = "", decode: DecodeConfig | None = None
         run: the run folder.
         test: another test set: files (pairs.tsv, pairs.jsonl, a.de,a.en) or a TFDS dataset, used in full.
         decode: search settings, instead of the experiment's; for translators only.
+        by_position: of a language model, also the loss by how many tokens stood before, to by_position.json and .png.
 
     Raises:
-        UserError: no readable checkpoint, or absent or malformed data.
+        UserError: no readable checkpoint, absent or malformed data, or `by_position` of a run that predicts no next
+            token.
     """
     run = run_path(run)
     experiment, tokenizer_json = load_meta(run)
+    if by_position:
+        next_tokens(experiment)
     suffix = f"-{Path(test).name}" if test else ""
     if not isinstance(experiment.data, ParallelText):
-        report = held_out(run, test)
+        report = held_out(run, test, positions=by_position)
+        placed = []
+        if by_position:
+            placed = _write_positions(report["by_position"], run / f"by_position{suffix}.json")
+            report |= {"by_position": report["by_position"]["groups"]}
         path = run / f"evaluation{suffix}.json"
         _write_json(path, report)
         beside = {"model": report["scores"], **report["floors"]}
         drawn = draw_numbered({name: [scores] for name, scores in beside.items()}, path.with_suffix(".png"))
-        return Evaluation(run, report, [path, *drawn])
+        return Evaluation(run, report, [path, *placed, *drawn])
     decode = decode or experiment.decode
     own = parallel_text(experiment)
     pairs = read_test(own, test) if test else None
@@ -164,6 +179,16 @@ def evaluate(run: str | Path, test: str = "", decode: DecodeConfig | None = None
         shown = scored.translations[min(lengths)[1]]
         files.append(draw_attention(translator, shown.source, shown.text, run / "attention.png"))
     return Evaluation(run, report, files, scored, samples)
+
+
+def _write_positions(found: dict[str, Any], path: Path) -> list[Path]:
+    """Write the loss by position, and draw its groups at their geometric middles (positions counted from 1)."""
+    path.write_text(compact_json(found), encoding="utf-8")
+    middles = [math.sqrt((group["first"] + 1) * (group["last"] + 1)) for group in found["groups"]]
+    line = Curve("held out", middles, [[group["nll"] for group in found["groups"]]])
+    picture = path.with_suffix(".png")
+    curves([line], picture, "token of its text", "nats a token", log=True)
+    return [path, picture]
 
 
 def translate(
@@ -231,7 +256,7 @@ def attention(
         heads: to draw as PNG: their mean, "all", or numbers from 1.
 
     Raises:
-        UserError: nothing to read, a choice that the model does not have, or no readable checkpoint.
+        UserError: nothing to read, a choice that the model does not have, no readable checkpoint, or no translator.
     """
     run = run_path(run)
     out = run_path(out or run / "attention")
@@ -240,7 +265,9 @@ def attention(
     if out.suffix in (".png", ".html") or (out.exists() and not out.is_dir()):
         raise UserError(f"{out}: the pictures are several files; name a folder for them.")
     choice = Choice(tuple(kinds), tuple(layers), heads)
-    choice.check(_attention_sizes(load_meta(run)[0]))
+    experiment = load_meta(run)[0]
+    parallel_text(experiment)
+    choice.check(_attention_sizes(experiment))
 
     translator = Translator.open(run)
     for text in (source, target):

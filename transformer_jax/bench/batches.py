@@ -89,8 +89,12 @@ def rows_of(shapes: Shapes) -> int:
     return next(iter(shapes.values()))[0]
 
 
-def random_batch(experiment: Experiment) -> Batch:
+def random_batch(experiment: Experiment, *, padded: bool = False) -> Batch:
     """Make up this process's rows of the largest batch of an experiment: random tokens, no padding, every label.
+
+    Args:
+        experiment: whose batch.
+        padded: rows of parallel text fill between half and all of their length, as a bucket of sentences does.
 
     Raises:
         UserError: the batch has an array whose meaning is not known here.
@@ -99,10 +103,16 @@ def random_batch(experiment: Experiment) -> Batch:
     labels, random = dict(flatten(experiment)).get("model.labels") or 1, np.random.default_rng(0)
     vocabulary, shapes = experiment.model.vocab_size, {name: shape for name, (shape, _) in described.items()}
     mine = rows_of_process(np.arange(rows_of(shapes)), jax.process_index(), jax.process_count())
-    return {
+    batch = {
         name: _contents(name, shapes, dtype, vocabulary, labels, random).astype(dtype)[mine]
         for name, (_, dtype) in described.items()
     }
+    if padded and "target" in batch:
+        share = random.uniform(0.5, 1.0, (rows_of(shapes), 1))[mine]
+        for side in ("source", "target"):
+            length = batch[side].shape[1]
+            batch[side] = np.where(np.arange(length) < np.ceil(share * length), batch[side], 0)
+    return batch
 
 
 def _contents(

@@ -1,4 +1,8 @@
-"""The same training step here and in PyTorch: same run, same device, turn by turn, ratios of minima and medians."""
+"""The same work here and in PyTorch: same run, same device, turn by turn, ratios of minima and medians.
+
+The work is a training step, or reading prompts and writing after them. Both sides have the same parameters, and before
+any time is taken they must agree on the loss, or have written the same tokens where they compute in float32.
+"""
 
 from __future__ import annotations
 
@@ -8,81 +12,88 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import jax
 import numpy as np
 
-from transformer_jax.bench.batches import Batch, length_of, random_batch, rows_of, shapes_of
+from transformer_jax.bench import peer_ours as ours_side
+from transformer_jax.bench.batches import length_of, random_batch, rows_of, shapes_of
 from transformer_jax.bench.ceilings import busy
 from transformer_jax.bench.compare import ratio
-from transformer_jax.bench.compiled import compile_step
+from transformer_jax.bench.decode import Prompted
+from transformer_jax.bench.peer_ours import TURN, Contender
+from transformer_jax.bench.peer_spec import NEEDED, Variant, training, variants_of, writing
+from transformer_jax.bench.run import exhausted
 from transformer_jax.bench.timing import Timing
-from transformer_jax.bench.train import Watch, checked
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
 from transformer_jax.logs import say
-from transformer_jax.models.bert import BertConfig
-from transformer_jax.models.gpt import GPTConfig
-from transformer_jax.nn.module import parameter_count
 from transformer_jax.provenance import provenance
 
 SCRIPT = Path(__file__).parent / "pytorch" / "peer.py"
-TURN = 3
-"""Steps of a turn; the first one of each does not count: the other side has just emptied the caches."""
-APART = 0.01
-"""Share by which parameter counts may differ; more is another model."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One side: takes steps when asked."""
-
-    name: str
-    take: Callable[[int], dict[str, Any]]
-    """N -> {"seconds", "cpu": of each step, "loss"}."""
-    facts: dict[str, Any]
+APART = {"float32": 1e-4, "bfloat16": 5e-3}
+"""Share by which the losses of equal parameters may differ."""
+ALIKE = 0.95
+"""Least share of equal tokens in float32: after one that is a matter of rounding, a row goes its own way."""
 
 
 def bench_peers(
-    experiment: Experiment, variants: Sequence[str], python: str = "", budget: float = 60.0
+    experiment: Experiment,
+    variants: Sequence[Variant] = (),
+    python: str = "",
+    budget: float = 60.0,
+    prompted: Prompted | None = None,
 ) -> dict[str, Any]:
-    """Time our step and PyTorch's by turns, on the same random batch.
+    """Time us and PyTorch by turns, on the same random batch or prompts.
 
     Args:
-        experiment: a GPT-2 or a BERT that is pre-trained.
-        variants: of PyTorch: "eager", "compile", "compile-cudnn" (its attention; GPUs).
+        experiment: a GPT-2, a BERT that is pre-trained, or a Transformer that translates.
+        variants: ways that PyTorch does it (`peer_spec.VARIANTS`); by default all that this device can.
         python: interpreter that has torch; "" is this one.
         budget: seconds of all turns together, compiling not counted.
+        prompted: what to write; None trains.
 
     Raises:
-        UserError: a model for which there is no peer, no PyTorch, or a peer that is another model.
+        UserError: a model for which there is no peer, no PyTorch, or a peer that does other work.
     """
     # Both sides live on one device: JAX must not take most of its memory at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    variants, python = variants_of("decode" if prompted else "train", variants), python or sys.executable
+    rows = rows_of(shapes_of(experiment))
+    if prompted:
+        spec = writing(experiment, rows, prompted)
+        ours = partial(ours_side.writer, experiment, rows, prompted)
+    else:
+        batch = random_batch(experiment, padded=True)
+        spec, ours = training(experiment, batch), partial(ours_side.trainer, experiment, batch)
+    _require(python, spec["kind"])
     if disturbed := busy():
         say(f"warning: {disturbed}, PyTorch's the more, whose idle threads spin")
-    batch = random_batch(experiment)
-    spec, python = specification(experiment, batch), python or sys.executable
-    _require(python, spec["kind"])
-    ours = _ours(experiment, batch)
     children: list[subprocess.Popen[str]] = []
-    contenders, failed = [ours], {}
-    with tempfile.TemporaryFile("w+") as log:
+    failed: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="tjax-peers-") as folder, tempfile.TemporaryFile("w+") as log:
+        weights = Path(folder) / "weights.safetensors"
+        try:
+            contenders = [ours(weights)]
+        except jax.errors.JaxRuntimeError as error:
+            if not exhausted(error):
+                raise
+            raise UserError(f"{rows} rows do not fit in memory; give a smaller --batch.") from error
         try:
             for variant in variants:
                 say(f"starting PyTorch, {variant}")
-                child = _start(python, spec | {"variant": variant}, log)
+                child = _start(python, spec | {"variant": variant, "weights": str(weights)}, log)
                 children.append(child)
                 contender = _contender(f"PyTorch {variant}", child)
                 if contender is None:
                     failed[variant] = _last_line(log)
                     say(f"PyTorch {variant} failed: {failed[variant]}")
                     continue
-                _same_model(ours, contender)
+                _same_work(contenders[0], contender, experiment.compute.dtype)
                 contenders.append(contender)
             if len(contenders) == 1:
                 raise UserError(f"no peer could be run: {'; '.join(failed.values())}.")
@@ -91,7 +102,20 @@ def bench_peers(
             for child in children:
                 child.kill()
                 child.communicate()  # closes its pipes
-    return _result(experiment, contenders, times, cpu, failed) | {"disturbed": disturbed}
+    return {
+        "what": "peers",
+        "work": "decode" if prompted else "train",
+        "experiment": experiment.name,
+        "rows": rows,
+        "length": prompted.prompt if prompted else length_of(shapes_of(experiment)),
+        "new": prompted.new if prompted else None,
+        **_result(contenders, times, cpu),
+        "failed": failed,
+        "disturbed": disturbed,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "config": json.loads(experiment.to_json()),
+        "provenance": provenance(),
+    }
 
 
 def _by_turns(contenders: list[Contender], budget: float) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
@@ -109,132 +133,57 @@ def _by_turns(contenders: list[Contender], budget: float) -> tuple[dict[str, lis
     return times, cpu
 
 
-def _result(
-    experiment: Experiment,
-    contenders: list[Contender],
-    times: dict[str, list[float]],
-    cpu: dict[str, list[float]],
-    failed: dict[str, str],
-) -> dict[str, Any]:
-    shapes = shapes_of(experiment)
-    tokens = rows_of(shapes) * length_of(shapes)
+def _result(contenders: list[Contender], times: dict[str, list[float]], cpu: dict[str, list[float]]) -> dict[str, Any]:
     ours, *peers = [contender.name for contender in contenders]
+    tokens = contenders[0].facts["tokens"]
+    # Above 1: we are faster.
+    ratios = {
+        name: {
+            "minima": min(times[name]) / min(times[ours]),
+            "cpu_minima": min(cpu[name]) / min(cpu[ours]),
+            **ratio(times[ours], times[name]),
+        }
+        for name in peers
+    }
     return {
-        "what": "peers",
-        "experiment": experiment.name,
-        "rows": rows_of(shapes),
-        "length": length_of(shapes),
         "contenders": {
             contender.name: {
                 "step_seconds": Timing(tuple(times[contender.name])).figures(),
                 "cpu_seconds": Timing(tuple(cpu[contender.name])).figures(),
                 "tokens_per_second": tokens / float(np.median(times[contender.name])),
                 "best_tokens_per_second": tokens / min(times[contender.name]),
-                **contender.facts,
+                **{name: fact for name, fact in contender.facts.items() if name != "written"},
             }
             for contender in contenders
         },
-        # Above 1: we are faster.
-        "ratios": {
-            name: {
-                "minima": min(times[name]) / min(times[ours]),
-                "cpu_minima": min(cpu[name]) / min(cpu[ours]),
-                **ratio(times[ours], times[name]),
-            }
-            for name in peers
-        },
-        "failed": failed,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "config": json.loads(experiment.to_json()),
-        "provenance": provenance(),
-    }
-
-
-def specification(experiment: Experiment, batch: Batch) -> dict[str, Any]:
-    """Say what PyTorch shall build; raises `UserError` for a model that the script does not know."""
-    model, optim = experiment.model, experiment.optim
-    names: tuple[str, ...]
-    extra: dict[str, Any]
-    match model:
-        case GPTConfig() if (
-            (model.positions, model.norm, model.activation, model.gated) == ("learned", "layernorm", "gelu_tanh", False)
-            and model.pre_norm
-            and model.tied
-            and model.task == "lm"
-            and not (model.qk_norm or model.windows or model.kv_heads or model.head_size)
-        ):
-            kind, names, extra = "gpt", ("tokens", "targets"), {"bias": model.bias}
-        case BertConfig(task="pretrain", activation="gelu"):
-            kind, names = "bert", ("tokens", "types", "positions_masked", "targets", "next")
-            extra = {"types": model.types}
-        case _:
-            raise UserError(f"{experiment.name}: there are PyTorch peers of GPT-2 and of BERT's pre-training only.")
-    if experiment.optim.kind != "adam":
-        raise UserError(f"optim.kind={optim.kind}: the PyTorch peers train with AdamW; add --optim.kind adam.")
-    return {
-        "kind": kind,
-        "vocab_size": model.vocab_size,
-        "context": model.context,
-        "width": model.width,
-        "layers": model.layers,
-        "heads": model.heads,
-        "feedforward": model.block.feedforward,
-        "dropout": model.dropout,
-        **extra,
-        "dtype": experiment.compute.dtype,
-        "rate": 1e-4,
-        "weight_decay": optim.weight_decay,
-        "clip_norm": optim.clip_norm,
-        "device": jax.default_backend(),
-        "batch": {name: batch[name].tolist() for name in names},
+        "ratios": ratios,
+        "best": {by: min(peers, key=lambda name: ratios[name][by]) for by in ("minima", "medians", "cpu_minima")},
     }
 
 
 def _require(python: str, kind: str) -> None:
-    needed = "torch" if kind == "gpt" else "torch, transformers"
+    needed = NEEDED[kind]
     try:
-        found = subprocess.run([python, "-c", f"import {needed}"], capture_output=True, check=False).returncode == 0
+        done = subprocess.run([python, "-c", f"import {', '.join(needed)}"], capture_output=True, check=False)
     except OSError as error:
         raise UserError(f"--python {python}: {error.strerror}.") from error
-    if not found:
+    if done.returncode:
         raise UserError(
-            f"the peers need {needed.replace(',', ' and')}: pip install 'transformer_jax[peers]', or name another "
-            "interpreter that has them by --python."
+            f"the peers need {' and '.join(needed)}: pip install 'transformer_jax[peers]', or name another interpreter "
+            "that has them by --python."
         )
 
 
-def _ours(experiment: Experiment, batch: Batch) -> Contender:
-    trainer = checked(experiment)
-    compiled = compile_step(trainer, experiment.data.batch_shapes(), warm=False)
-    state, placed = trainer.init(), trainer.put(batch)
-    watch, losses = Watch(trainer, state), list[float]()
-
-    def take(n: int) -> dict[str, Any]:
-        nonlocal state
-        seconds, cpu = [], []
-        for _ in range(n):
-            start, busy = time.perf_counter(), time.process_time()
-            state, metrics = compiled.call(state, placed)
-            jax.block_until_ready(state)
-            losses.append(float(metrics["loss"]))
-            seconds.append(time.perf_counter() - start)
-            cpu.append(time.process_time() - busy)
-            watch.see(metrics)
-        watch.check(state)
-        return {"seconds": seconds, "cpu": cpu, "loss": losses[-1]}
-
-    start = time.perf_counter()
-    take(TURN)
-    first = compiled.trace_seconds + compiled.cold_seconds + time.perf_counter() - start
-    facts = {"parameters": parameter_count(trainer.skeleton.abstract), "loss": losses[0], "first_seconds": first}
-    return Contender(
-        "transformer_jax", take, facts | {"setup": trainer.describe(), "compute": asdict(experiment.compute)}
-    )
-
-
 def _start(python: str, spec: dict[str, Any], log: IO[str]) -> subprocess.Popen[str]:
+    # PyTorch's compiler begins without a cache of its own, as ours does.
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(spec["weights"]).parent / spec["variant"])}
     child = subprocess.Popen(
-        [python, str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        [python, str(SCRIPT)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env=environment,
     )
     assert child.stdin is not None
     child.stdin.write(json.dumps(spec) + "\n")
@@ -261,14 +210,28 @@ def _contender(name: str, child: subprocess.Popen[str]) -> Contender | None:
         found: dict[str, Any] = json.loads(told)
         return found
 
+    facts = json.loads(line)
     take(TURN)
-    return Contender(name, take, json.loads(line))
+    return Contender(name, take, facts)
 
 
-def _same_model(ours: Contender, peer: Contender) -> None:
+def _same_work(ours: Contender, peer: Contender, dtype: str) -> None:
+    """Raise `UserError` where the two do not compute the same, and note in the peer's facts how alike they are."""
     mine, theirs = (side.facts["parameters"] for side in (ours, peer))
-    if abs(mine / theirs - 1) > APART:
+    if mine != theirs:
         raise UserError(f"{peer.name} has {theirs:,} parameters, ours {mine:,}: this is not the same work.")
+    if "written" in peer.facts:
+        same = float(np.mean(np.asarray(peer.facts["written"]) == np.asarray(ours.facts["written"])))
+        peer.facts["same_tokens"] = same
+        if dtype == "float32" and same < ALIKE:
+            raise UserError(f"{peer.name} writes {same:.0%} of our tokens only: this is not the same work.")
+        return
+    mine, theirs = (side.facts["loss"] for side in (ours, peer))
+    if not abs(mine / theirs - 1) < APART[dtype]:
+        raise UserError(
+            f"with equal parameters, {peer.name} has a loss of {theirs:.5f}, ours is {mine:.5f}: this is not the same "
+            "work."
+        )
 
 
 def _last_line(log: IO[str]) -> str:

@@ -213,11 +213,12 @@ def compared(found: Result) -> Iterator[str]:
 
 
 def against_peers(found: Result) -> str:
-    """Return the Markdown table of a comparison with peers."""
+    """Return the Markdown table of a comparison with peers, and the ratio to the best of them."""
     rows = []
     for name, side in found["contenders"].items():
         step, cpu = side["step_seconds"], side["cpu_seconds"]
         ratios = found["ratios"].get(name)
+        loss = f"{side['loss']:.4f}" if "loss" in side else ""
         rows.append(
             [
                 name,
@@ -228,13 +229,19 @@ def against_peers(found: Result) -> str:
                 f"{ratios['minima']:.2f}" if ratios else "",
                 f"{ratios['medians']:.2f} ({ratios['low']:.2f} to {ratios['high']:.2f})" if ratios else "",
                 f"{ratios['cpu_minima']:.2f}" if ratios else "",
-                f"{side['loss']:.3f}",
+                f"{side['same_tokens']:.0%}" if "same_tokens" in side else loss,
                 seconds(side["first_seconds"]),
             ]
         )
     rows += [[f"PyTorch {name}", f"failed: {why}", *[""] * 8] for name, why in found["failed"].items()]
-    header = ["", "step, median", "fastest", "CPU, least", "tokens/s, best", "ours by minima", "by medians (95 %)"]
-    return table([*header, "by CPU time", "first loss", "to the first step"], rows)
+    piece, same = ("a text", "equal tokens") if found["work"] == "decode" else ("step", "loss at first")
+    header = ["", f"{piece}, median", "fastest", "CPU, least", "tokens/s, best", "ours by minima", "by medians (95 %)"]
+    lines = table([*header, "by CPU time", same, "to the first one"], rows)
+    best = [f"{found['ratios'][name][by]:.2f} by {WORDS[by]} ({name})" for by, name in found["best"].items()]
+    return f"{lines}\nOurs against the best of them: {', '.join(best)}."
+
+
+WORDS = {"minima": "minima", "medians": "medians", "cpu_minima": "CPU time"}
 
 
 def write_peers(found: Result, folder: Path) -> Path:
@@ -242,7 +249,8 @@ def write_peers(found: Result, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bench.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     setup = found["contenders"]["transformer_jax"]["setup"]
-    work = f"{setup}; {found['rows']} rows of {found['length']} tokens, {found['cores']} cores."
+    new = f", {found['new']} written after them" if found["new"] else ""
+    work = f"{setup}; {found['rows']} rows of {found['length']} tokens{new}, {found['cores']} cores."
     told = "## Provenance\n\n```\n" + json.dumps(found["provenance"], indent=1) + "\n```"
     return write_report(
         f"bench peers: {found['experiment']}", [work, against_peers(found), found["disturbed"], told], folder

@@ -95,12 +95,17 @@ def bench(variants: Sequence[tuple[str, Experiment]], request: Request) -> dict[
     }
 
 
+def exhausted(error: jax.errors.JaxRuntimeError) -> bool:
+    """Tell whether a device ran out of memory."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+
+
 def _measured(experiment: Experiment, request: Request, limits: Ceilings, *, alone: bool) -> dict[str, Any]:
     """Measure a point; one of several may say that it does not fit in memory."""
     try:
         return _measure(experiment, request, limits)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        if not exhausted(error):
             raise
         shapes = shapes_of(experiment)
         rows, length = rows_of(shapes), length_of(shapes)

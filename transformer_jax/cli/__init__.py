@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from transformer_jax import compilation_cache
 from transformer_jax.cli import (
     benchmarks,
     exchange,
@@ -75,4 +76,5 @@ def _run(argv: list[str]) -> int:
     name, rest = argv[0], argv[1:]
     if name not in VERBS:
         raise UserError(f"there is no verb '{name}'.{closest(name, VERBS)} `tjax --help` lists them.")
+    compilation_cache.keep()
     return VERBS[name].call(name, rest)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from rich.table import Table
@@ -15,6 +15,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 from transformer_jax.bench.batches import sized
 from transformer_jax.bench.compare import compare
 from transformer_jax.bench.decode import Prompted
+from transformer_jax.bench.peer_spec import Variant
+from transformer_jax.bench.peer_spec import What as PeerWork
 from transformer_jax.bench.peers import bench_peers
 from transformer_jax.bench.profile import profile
 from transformer_jax.bench.report import against_peers, compared, lines, read, write, write_peers
@@ -24,6 +26,7 @@ from transformer_jax.cli.verb import Tree, Verb, experiment_of, out, parse
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
 from transformer_jax.logs import print_json, say
+from transformer_jax.nn.weights import Weights
 
 Numbers = Annotated[
     tuple[int, ...],
@@ -67,6 +70,8 @@ class BenchOptions:
     """decode: tokens of a prompt."""
     new: int = 128
     """decode: tokens written after it."""
+    weights: Weights = "float"
+    """decode: how matrices are held; float is the precision of the computation, int8 a byte a number."""
     layers: Numbers = (12, 96)
     """compile: depths."""
     tokens_per_second: float = 0.0
@@ -91,21 +96,29 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class PeersOptions:
-    """Time the training step here and in PyTorch, in one run on one device, turn by turn, and print ratios.
+    """Do the same work here and in PyTorch, in one run on one device, turn by turn, and print ratios.
 
-    There are peers of GPT-2 (a decoder like nanoGPT's) and of BERT (that of transformers). They run in a process of
-    their own, so PyTorch may be installed elsewhere.
+    Training has peers of GPT-2 (a decoder like nanoGPT's), of BERT's pre-training and of the Transformer (BERT and
+    Marian of transformers); writing has that of transformers' GPT-2. All begin with our parameters, and must agree on
+    the loss. They run in a process of their own, so PyTorch may be installed elsewhere.
     """
 
     experiment: Tree
+    what: PeerWork = "train"
+    """train: the step; decode: read prompts, and write after them what is most probable."""
     batch: int = 0
     """Rows of a batch; by default the recipe's."""
     length: int = 0
-    """Tokens of a row; by default the recipe's."""
-    peers: tuple[Literal["eager", "compile", "compile-cudnn"], ...] = ("eager", "compile")
-    """How PyTorch runs; compile-cudnn also takes cuDNN's attention (GPUs)."""
+    """train: tokens of a row (of each side); by default the recipe's."""
+    prompt: int = 128
+    """decode: tokens of a prompt."""
+    new: int = 128
+    """decode: tokens written after it."""
+    peers: tuple[Variant, ...] = ()
+    """How PyTorch does it. train: eager, compile, compile-cudnn (with cuDNN's attention; GPUs); decode: with a cache
+    that grows (dynamic), one of fixed size (static), and that compiled (static-compile). By default all."""
     python: str = ""
-    """Interpreter that has torch and transformers; by default this one."""
+    """Interpreter that has torch, transformers and safetensors; by default this one."""
     budget: float = 60.0
     """Seconds of all turns together; compiling is not counted."""
     out: str = ""
@@ -160,7 +173,7 @@ def _bench(_: str, options: BenchOptions) -> int:
         real_data=options.real_data,
         peak=options.peak,
         effort=Effort(options.budget, options.width, options.warm_cache),
-        prompted=Prompted(options.prompt, options.new),
+        prompted=Prompted(options.prompt, options.new, options.weights),
         layers=options.layers,
         tokens_per_second=options.tokens_per_second,
     )
@@ -188,7 +201,8 @@ def _compare(target: str, options: CompareOptions) -> int:
 
 def _peers(_: str, options: PeersOptions) -> int:
     experiment = sized(options.experiment, options.batch, options.length)
-    found = bench_peers(experiment, options.peers, options.python, options.budget)
+    prompted = Prompted(options.prompt, options.new) if options.what == "decode" else None
+    found = bench_peers(experiment, options.peers, options.python, options.budget, prompted)
     if options.json:
         print_json(found)
     else:
@@ -232,7 +246,7 @@ VERBS = {
     ),
     "bench-peers": Verb(
         "RECIPE",
-        "the same training step in PyTorch, by turns on the same device",
+        "the same work in PyTorch, by turns on the same device",
         PeersOptions,
         lambda target: PeersOptions(experiment_of(target)),
         _peers,

@@ -18,6 +18,7 @@ from transformer_jax.errors import UserError
 from transformer_jax.fewshot import Outcome, chance, evaluate
 from transformer_jax.generation import Completion, Generation, Speed
 from transformer_jax.logs import print_json, say
+from transformer_jax.nn.weights import Weights
 from transformer_jax.provenance import provenance
 from transformer_jax.storage import run_path
 from transformer_jax.task_file import Task, read_task
@@ -39,6 +40,8 @@ class GenerateOptions(Generation):
     """Checkpoints whose parameters are averaged."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Devices; by default each holds the whole model."""
+    weights: Weights = "float"
+    """How matrices are held: float is the precision of the computation; int8 takes a byte a number, rounded."""
     json: bool = False
     """Print one JSON object."""
 
@@ -73,11 +76,10 @@ def _generate(run: str, options: GenerateOptions) -> int:
     # What a shell passes as two characters, \n, is meant as a line break.
     stop = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in options.stop)
     generation = dataclasses.replace(options, stop=stop)
-    completer = Completer.open(run, options.average, options.mesh)
+    opened = options.average, options.mesh, options.weights
+    completer = Completer.open(run, *opened)
     if options.draft:
-        completer = completer.drafted_by(
-            Completer.open(options.draft, options.average, options.mesh), options.draft_tokens
-        )
+        completer = completer.drafted_by(Completer.open(options.draft, *opened), options.draft_tokens)
     prompts = list(lines_of(options.file.removeprefix("-"))) if options.file else [options.text]
     completer.check(prompts, generation, options.file or "the prompt")
     speed, rows = Speed(), []

@@ -22,6 +22,7 @@ from transformer_jax.scaling.report import bounds, number
 from transformer_jax.scaling.runs import Run
 from transformer_jax.scaling.study import plain
 from transformer_jax.scaling.table import TableOptions
+from transformer_jax.storage import folder_here
 from transformer_jax.sweep.cost import duration, foresee
 from transformer_jax.sweep.register import compare, register
 from transformer_jax.sweep.run import sweep
@@ -125,8 +126,8 @@ def _sweep(plan: str, options: SweepOptions) -> int:
     k, _, n = options.share.partition("/")
     if not (k.isdigit() and n.isdigit()):
         raise UserError(f"--share {options.share}: write K/N, as 2/4.")
+    folder = folder_here(options.out or f"runs/{name}", "a sweep")
     distributed.initialize()
-    folder = Path(options.out or f"runs/{name}")
     swept = sweep(name, experiments, folder, share=(int(k), int(n)), retry=options.retry)
     states = Counter(row.status for row in swept.rows)
     if options.json:

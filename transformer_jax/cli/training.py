@@ -109,6 +109,8 @@ def _show(target: str, options: ShowOptions) -> int:
     table.add_column("parameters", justify="right")
     for name, count in parameters.items():
         table.add_row(name, f"{count:,}", style="bold" if name == "total" else "")
+    if shown["active"] != parameters["total"]:
+        table.add_row("of a token", f"{shown['active']:,}", style="bold")
     console = out()
     console.print(table)
     if published:

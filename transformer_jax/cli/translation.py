@@ -23,8 +23,9 @@ from transformer_jax.data.translation import ParallelText
 from transformer_jax.errors import UserError
 from transformer_jax.evaluate import Scored
 from transformer_jax.logs import print_json, say
+from transformer_jax.nn.weights import Weights
 from transformer_jax.recipes import find_experiments
-from transformer_jax.storage import run_path
+from transformer_jax.storage import folder_here, run_path
 from transformer_jax.translate import Translation, Translator
 from transformer_jax.trials import trials
 
@@ -39,6 +40,8 @@ class EvaluateOptions:
     decode: Annotated[DecodeConfig, tyro.conf.arg(name="")]
     test: str = ""
     """Another test set: files (pairs.tsv, pairs.jsonl, a.de,a.en) or a TFDS dataset."""
+    by_position: bool = False
+    """Of a language model, also the loss by how many tokens stood before: does it use its context?"""
     json: bool = False
     """Print one JSON object."""
 
@@ -54,6 +57,8 @@ class TranslateOptions:
     """Text file with one sentence a line."""
     attention_map: str = ""
     """PNG to draw: where each word of the (first) translation looks in the source."""
+    weights: Weights = "float"
+    """How matrices are held: float is the precision of the computation; int8 takes a byte a number, rounded."""
     json: bool = False
     """Print one JSON object."""
 
@@ -101,7 +106,7 @@ class CompareOptions:
 
 
 def _evaluate(run: str, options: EvaluateOptions) -> int:
-    result = verbs.evaluate(run, options.test, options.decode)
+    result = verbs.evaluate(run, options.test, options.decode, by_position=options.by_position)
     if options.json:
         print_json(result.report)
         return 0
@@ -111,6 +116,9 @@ def _evaluate(run: str, options: EvaluateOptions) -> int:
         for stem, names in by_stem(result.report["scores"]).items():
             out().print()
             out().print(_by_number(result.report, stem, names))
+        if options.by_position:
+            out().print()
+            out().print(_by_position(result.report["by_position"]))
     else:
         _print_translations(result.scored, result.samples, title)
     say(f"\nwritten: {', '.join(map(str, result.files))}")
@@ -147,6 +155,18 @@ def _by_number(report: dict[str, Any], stem: str, names: dict[int, str]) -> Tabl
     return table
 
 
+def _by_position(groups: list[dict[str, Any]]) -> Table:
+    """The loss by how many tokens stood before."""
+    table = Table("tokens before", box=None, pad_edge=False)
+    for name in ("tokens", "nll", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for group in groups:
+        before = str(group["first"]) if group["first"] == group["last"] else f"{group['first']} to {group['last']}"
+        interval = "{:.4f} to {:.4f}".format(*group["interval"]) if group["interval"] else ""
+        table.add_row(before, f"{group['tokens']:,}", f"{group['nll']:.4f}", interval)
+    return table
+
+
 def _print_translations(scored: Scored, samples: Sequence[int], title: str) -> None:
     console, scores = out(), scored.scores
     table = Table(f"{scores['model']['sentences']} held-out sentences", title=title, box=None, pad_edge=False)
@@ -174,7 +194,7 @@ def _translate(run: str, options: TranslateOptions) -> int:
     if options.attention_map and not Path(options.attention_map).absolute().parent.is_dir():
         raise UserError(f"--attention-map {options.attention_map}: there is no such folder.")
     sentences = [options.text] if options.text else lines_of(options.file)
-    translator = Translator.open(run_path(run), options.decode.average)
+    translator = Translator.open(run_path(run), options.decode.average, options.weights)
     decode = options.decode
     if not options.text and not options.file and sys.stdin.isatty():
         decode = dataclasses.replace(decode, batch=1)  # a person is typing: answer every line
@@ -219,7 +239,7 @@ def _compare(plan: str, options: CompareOptions) -> int:
     if options.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {options.seeds}.")
     experiments = with_changes(find_experiments(plan), {"data": options.data, "train": options.train})
-    out = Path(options.out or Path("runs") / f"compare_{plan.rsplit(':', maxsplit=1)[-1]}")
+    out = folder_here(options.out or f"runs/compare_{plan.rsplit(':', maxsplit=1)[-1]}", "a comparison")
     if all(isinstance(e.data, ParallelText) for e in experiments):
         files = compare(experiments, options.seeds, out, options.lengths, options.tokens)
     else:
