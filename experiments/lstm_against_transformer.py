@@ -223,7 +223,7 @@ def main(sweep: Path, folder: Path) -> None:
     grid[0][1].set_xscale("log", base=2)
     log_axis(grid[0][0], "x")
     for axes in grid[0]:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1.0, 0.68))
     figure.savefig(folder / "lstm_against_transformer.png")
     path = folder / "lstm_against_transformer.json"
     path.write_text(json.dumps(found | {"provenance": provenance()}, indent=1) + "\n", encoding="utf-8")
