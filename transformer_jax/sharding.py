@@ -7,7 +7,7 @@ A parameter declares its letters once ("DNH"); an activation is constrained wher
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,6 +105,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     else:
         arranged = mesh_utils.create_device_mesh([*sizes.values()], flat, allow_split_physical_axes=True)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axes_shown(sizes: Mapping[str, int]) -> list[str]:
+    """Write the axes of a mesh for people: data, fsdp and tensor, and those of the others that divide something."""
+    return [f"{axis}={size}" for axis, size in sizes.items() if size > 1 or axis in ("data", "fsdp", "tensor")]
 
 
 def batch_shards(mesh: Mesh) -> int:

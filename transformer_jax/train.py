@@ -21,7 +21,15 @@ from transformer_jax.nn.block import BlockConfig
 from transformer_jax.nn.module import Params, Skeleton, parameter_count
 from transformer_jax.objectives import Sums, Weights, means
 from transformer_jax.optim import optimizer, schedule
-from transformer_jax.sharding import CONTEXT, batch_sharding, batch_shards, make_mesh, parameter_shardings, replicated
+from transformer_jax.sharding import (
+    CONTEXT,
+    axes_shown,
+    batch_sharding,
+    batch_shards,
+    make_mesh,
+    parameter_shardings,
+    replicated,
+)
 
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -106,7 +114,7 @@ class Trainer:
         device, compute = self.mesh.devices.flat[0], self.skeleton.compute
         scanned = any(names.startswith("L") for names in jax.tree.leaves(self.skeleton.letters))
         layers = "scanned" if scanned else "unrolled"
-        axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        axes = ", ".join(axes_shown(self.mesh.shape))
         context = self.mesh.shape[CONTEXT]
         around = f" around {context} devices" if context > 1 else ""
         return (

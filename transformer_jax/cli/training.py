@@ -20,6 +20,7 @@ from transformer_jax.errors import UserError
 from transformer_jax.inspection import inspect_checkpoint
 from transformer_jax.logs import print_json, say
 from transformer_jax.replay import replay
+from transformer_jax.sharding import axes_shown
 from transformer_jax.storage import run_path
 
 
@@ -197,8 +198,7 @@ def _inspect(target: str, options: InspectOptions) -> int:
     if len(found.steps) > 1:
         console.print(f"beside it: {', '.join(str(step) for step in found.steps if step != found.step)}")
     if found.mesh:
-        axes = ", ".join(f"{axis}={size}" for axis, size in found.mesh.items())
-        console.print(f"written by {math.prod(found.mesh.values())} device(s): {axes}")
+        console.print(f"written by {math.prod(found.mesh.values())} device(s): {', '.join(axes_shown(found.mesh))}")
     console.print(
         f"params {found.bytes('params') / 2**20:,.1f} MiB, optimizer {found.bytes('optimizer') / 2**20:,.1f} MiB"
     )

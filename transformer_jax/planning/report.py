@@ -9,11 +9,9 @@ from rich.table import Table
 
 from transformer_jax.planning.plan import DAY, Plan
 from transformer_jax.planning.remedies import Trial
+from transformer_jax.sharding import axes_shown
 
 GIB = 2**30
-
-USUAL = ("data", "fsdp", "tensor")
-"""Axes of a mesh that are shown even where nothing is divided along them."""
 
 
 def show(plan: Plan, console: Console, price: float = 0.0) -> None:
@@ -100,7 +98,7 @@ def show_ranking(trials: list[Trial], console: Console) -> None:
 
 
 def _mesh(plan: Plan) -> str:
-    return " ".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1 or axis in USUAL)
+    return " ".join(axes_shown(plan.mesh))
 
 
 def _source(plan: Plan) -> str:
