@@ -197,8 +197,15 @@ class _Tracer:
         return WHOLE
 
     def _scan(self, equation: Any, taken: list[Value], *, backward: bool) -> Operation:
-        constants, carried = equation.params["num_consts"], equation.params["num_carry"]
         closed = equation.params["jaxpr"]
+        # Told by shapes, since JAX names the counts differently from version to version: what is scanned has a rank
+        # more outside than inside, what is carried or constant has not.
+        scanned = sum(v.aval.ndim < len(value.shape) for v, value in zip(closed.jaxpr.invars, taken, strict=True))
+        carried = sum(
+            inner.aval.ndim == outer.aval.ndim
+            for inner, outer in zip(closed.jaxpr.outvars, equation.outvars, strict=True)
+        )
+        constants = len(taken) - carried - scanned
         for v, value in zip(closed.jaxpr.invars[constants + carried :], taken[constants + carried :], strict=True):
             if value.saved:  # what is rounded before it is used is kept rounded
                 value.itemsize = self._needed(closed.jaxpr, v, value.itemsize)
