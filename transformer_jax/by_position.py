@@ -89,7 +89,7 @@ def by_position(trainer: Trainer, params: Params, batches: Iterable[Batch]) -> B
 
     def sums(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         model, targets_BT = trainer.skeleton.bind(params), batch["targets"]
-        x_BTD = model.features(batch["tokens"], batch["segments"], batch["positions"])
+        x_BTD = model.read(batch)
         nll_BT = _nll(model, x_BTD, jnp.maximum(targets_BT, 0), objective.chunk or targets_BT.shape[1])
         length = targets_BT.shape[1]
         place_BT = jnp.where(targets_BT >= 0, batch["positions"], length)

@@ -62,6 +62,11 @@ def _count(mask: jax.Array) -> jax.Array:
     return mask.astype(jnp.float32).sum()
 
 
+def _read(model: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Read the rows: [B, T, D], and the sums of routing that a model with experts tells of it."""
+    return model.routed(batch, key=key) if isinstance(model, Routes) else (model.read(batch, key=key), {})
+
+
 @dataclass(frozen=True)
 class Seq2Seq(ObjectiveConfig):
     """Predict each target token from the source and the target tokens before it.
@@ -119,11 +124,7 @@ class CausalLM(ObjectiveConfig):
 
     def __call__(self, model: Any, batch: Batch, key: jax.Array | None) -> Sums:
         """Sum over the targets; "bytes" is the text they stand for."""
-        routing: dict[str, jax.Array] = {}
-        if isinstance(model, Routes):
-            x_BTD, routing = model.routed(batch, key=key)
-        else:
-            x_BTD = model.features(batch["tokens"], batch["segments"], batch["positions"], key=key)
+        x_BTD, routing = _read(model, batch, key)
         sums = {"tokens": self.score(model, x_BTD, batch["targets"]) | {"bytes": batch["bytes"].sum()}}
         return sums | ({"positions": routing} if routing else {})
 
@@ -241,11 +242,7 @@ class Classification(ObjectiveConfig):
     def __call__(self, model: Any, batch: Batch, key: jax.Array | None) -> Sums:
         """Sum over labels: cross-entropy and hits, or the squared error."""
         read_key, label_key = (None, None) if key is None else jax.random.split(key)
-        routing: dict[str, jax.Array] = {}
-        if isinstance(model, Routes):
-            x_BTD, routing = model.routed(batch, key=read_key)
-        else:
-            x_BTD = model.read(batch, key=read_key)
+        x_BTD, routing = _read(model, batch, read_key)
         logits = label_scores(model, x_BTD, batch, label_key)
         if self.kind == "number":
             real_B = (batch["segments"] != 0).any(-1).astype(jnp.float32)

@@ -11,8 +11,9 @@ import pytest
 
 from tests.exchange import CASES, imported, reference
 from tests.models.test_gpt import SCANNED, UNROLLED, model_of, perturbed
+from tests.sharded import assert_same_step_on_a_mesh
 from tests.test_bench import products_of
-from transformer_jax.config import ComputeConfig, Experiment, MeshConfig, OptimConfig, ScheduleConfig, TrainConfig
+from transformer_jax.config import ComputeConfig, Experiment, OptimConfig, ScheduleConfig, TrainConfig
 from transformer_jax.data.packed import PackedText
 from transformer_jax.errors import UserError
 from transformer_jax.interop.bert import BERT
@@ -21,7 +22,6 @@ from transformer_jax.models.bert import BertConfig
 from transformer_jax.nn.module import Skeleton, parameter_count
 from transformer_jax.nn.stack import stack_layers, unstack_layers
 from transformer_jax.objectives import Classification, MaskedLM, SpanExtraction, means
-from transformer_jax.train import Trainer
 
 B, T, M, V = 8, 13, 3, 38
 CONFIG = BertConfig(vocab_size=V, context=17, width=24, layers=3, heads=4, feedforward=40, dropout=0.0)
@@ -136,15 +136,7 @@ def test_sharded_equals_single_device(batch):
         train=TrainConfig(),
         compute=SCANNED,
     )
-    results = []
-    for mesh, devices in ((MeshConfig(1), jax.devices()[:1]), (MeshConfig(2, 2, 2), jax.devices())):
-        trainer = Trainer.of(replace(experiment, mesh=mesh), devices)
-        state, metrics = trainer.train_step()(trainer.init(), trainer.put(batch))
-        results.append(jax.device_get((state.params, metrics)))
-    (params, metrics), (sharded_params, sharded_metrics) = results
-    for key, value in metrics.items():
-        np.testing.assert_allclose(sharded_metrics[key], value, rtol=2e-5, err_msg=key)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), sharded_params, params)
+    assert_same_step_on_a_mesh(experiment, batch)
 
 
 def test_masked_lm_is_the_sum_of_two_means_over_gaps_and_pairs(batch):

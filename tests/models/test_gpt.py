@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from tests.exchange import CASES, imported, reference
+from tests.sharded import assert_same_step_on_a_mesh
 from tests.test_bench import products_of
-from transformer_jax.config import ComputeConfig, Experiment, MeshConfig, OptimConfig, ScheduleConfig, TrainConfig
+from transformer_jax.config import ComputeConfig, Experiment, OptimConfig, ScheduleConfig, TrainConfig
 from transformer_jax.data.packed import PackedText
 from transformer_jax.errors import UserError
 from transformer_jax.models.gpt import GPTConfig
@@ -19,7 +20,6 @@ from transformer_jax.nn.module import Skeleton, parameter_count
 from transformer_jax.nn.stack import stack_layers, unstack_layers
 from transformer_jax.objectives import CausalLM, label_scores, means
 from transformer_jax.recipes import find_recipe
-from transformer_jax.train import Trainer
 
 B, T, V = 5, 13, 38
 UNROLLED, SCANNED = ComputeConfig(layers="unrolled"), ComputeConfig(layers="scan")
@@ -235,16 +235,7 @@ def test_sharded_equals_single_device():
         train=TrainConfig(),
         compute=SCANNED,
     )
-    batch, results = packed_batch(8, T), []
-    for mesh, devices in ((MeshConfig(1), jax.devices()[:1]), (MeshConfig(2, 2, 2), jax.devices())):
-        trainer = Trainer.of(replace(experiment, mesh=mesh), devices)
-        state, step = trainer.init(), trainer.train_step()
-        state, metrics = step(state, trainer.put(batch))
-        results.append(jax.device_get((state.params, metrics)))
-    (params, metrics), (sharded_params, sharded_metrics) = results
-    for key, value in metrics.items():
-        np.testing.assert_allclose(sharded_metrics[key], value, rtol=2e-5, err_msg=key)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), sharded_params, params)
+    assert_same_step_on_a_mesh(experiment, packed_batch(8, T))
 
 
 @pytest.mark.parametrize(

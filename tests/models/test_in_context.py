@@ -73,7 +73,7 @@ def test_a_decoder_of_tokens_reads_embedded_ones_too():
     gpt = skeleton.bind(jax.jit(skeleton.init)(jax.random.key(1)))
     tokens_BT = np.random.default_rng(0).integers(0, 37, (5, 11))
     x_BTD = gpt.embedding(tokens_BT, jnp.float32)
-    of_vectors = jax.jit(lambda x_BTD: gpt.logits(gpt.decode(x_BTD)))(x_BTD)
+    of_vectors = jax.jit(lambda x_BTD: gpt.logits(gpt.decode(x_BTD)[0]))(x_BTD)
     np.testing.assert_allclose(of_vectors, jax.jit(gpt)(tokens_BT), atol=1e-6)
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from tests.models.test_gpt import _Given, packed_batch, perturbed
+from tests.sharded import assert_same_step_on_a_mesh
 from tests.test_bench import products_of
 from tests.tiny_gpt import CHARACTERS, completer
-from transformer_jax.config import ComputeConfig, Experiment, MeshConfig, OptimConfig, ScheduleConfig, TrainConfig
+from transformer_jax.config import ComputeConfig, Experiment, OptimConfig, ScheduleConfig, TrainConfig
 from transformer_jax.data.packed import PackedText
 from transformer_jax.errors import UserError
 from transformer_jax.generation import Generation
@@ -22,7 +23,6 @@ from transformer_jax.nn.module import Skeleton, parameter_count
 from transformer_jax.nn.recurrent import LSTM
 from transformer_jax.objectives import CausalLM
 from transformer_jax.sweep.counts import counts
-from transformer_jax.train import Trainer
 
 B, T, V = 5, 13, 38
 PLAIN = ComputeConfig()
@@ -187,19 +187,7 @@ def experiment_of(model):
 
 def test_sharded_and_recomputed_equals_single_device():
     experiment = experiment_of(replace(SMALL, width=16))
-    batch, results = packed_batch(8, T), []
-    for mesh, devices, remat in (
-        (MeshConfig(1), jax.devices()[:1], "none"),
-        (MeshConfig(2, 2, 2), jax.devices(), "full"),
-    ):
-        compute = ComputeConfig(remat=remat)
-        trainer = Trainer.of(replace(experiment, mesh=mesh, compute=compute), devices)
-        state, metrics = trainer.train_step()(trainer.init(), trainer.put(batch))
-        results.append(jax.device_get((state.params, metrics)))
-    (params, metrics), (sharded_params, sharded_metrics) = results
-    for key, value in metrics.items():
-        np.testing.assert_allclose(sharded_metrics[key], value, rtol=2e-5, err_msg=key)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), sharded_params, params)
+    assert_same_step_on_a_mesh(experiment, packed_batch(8, T), ComputeConfig(remat="full"))
 
 
 def test_dropout_falls_between_layers_and_never_between_steps(tokens):

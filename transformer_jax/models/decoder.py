@@ -132,19 +132,11 @@ class Decoder(nnx.Module):
         positions_BT: jax.Array | None = None,
         *,
         key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Read embedded rows: [B, T, D] -> [B, T, D], normalised; segments keep documents apart (0 is padding)."""
-        return self.decode_routed(x_BTD, segments_BT, positions_BT, key=key)[0]
-
-    def decode_routed(
-        self,
-        x_BTD: jax.Array,
-        segments_BT: jax.Array | None = None,
-        positions_BT: jax.Array | None = None,
-        *,
-        key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Do the same, and return what each layer sums of its routing: [L, X], as `nn.moe.SUMS` names it."""
+        """Read embedded rows: [B, T, D] -> [B, T, D], normalised; segments keep documents apart (0 is padding).
+
+        With experts also what each layer sums of its routing: [L, X], as `nn.moe.SUMS` names it.
+        """
         place_key, stack_key = split(key, 2)
         x_BTD = self.placed(x_BTD, positions_BT, place_key)
         mask = Mask(segments_BT, segments_BT, causal=True)

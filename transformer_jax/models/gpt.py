@@ -102,13 +102,13 @@ class GPT(Decoder):
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Read rows of documents: [B, T] -> [B, T, D], normalised, ready for `logits`."""
-        return self.decode(self.embedding(tokens_BT, self.dtype), segments_BT, positions_BT, key=key)
+        return self.decode(self.embedding(tokens_BT, self.dtype), segments_BT, positions_BT, key=key)[0]
 
     def routed(
         self, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Read a batch as `read` does, and sum what its experts cost and how busy they are, over real positions."""
-        x_BTD, sums_LX = self.decode_routed(
+        x_BTD, sums_LX = self.decode(
             self.embedding(batch["tokens"], self.dtype), batch["segments"], batch.get("positions"), key=key
         )
         return x_BTD, {} if sums_LX is None else routing(sums_LX, self.config.experts)

@@ -75,5 +75,5 @@ class InContextGPT(Decoder):
         values_BPZ = jnp.zeros_like(inputs_BPZ).at[..., 0].set(values_BP)
         interleaved_BTZ = jnp.stack([inputs_BPZ, values_BPZ], axis=2).reshape(-1, 2 * points, size)
         x_BTD = self.read_in(interleaved_BTZ[:, :length].astype(self.dtype))
-        x_BTD = self.decode(x_BTD, jnp.repeat(segments_BP, 2, axis=1)[:, :length], key=key)
+        x_BTD, _ = self.decode(x_BTD, jnp.repeat(segments_BP, 2, axis=1)[:, :length], key=key)
         return self.read_out(x_BTD[:, ::2])[..., 0].astype(jnp.float32)

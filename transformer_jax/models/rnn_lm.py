@@ -120,6 +120,10 @@ class RNNLM(nnx.Module):
         """Score every token of the vocabulary: [B, T, D] -> float32 [B, T, V]."""
         return constrain((self.embedding if self.output is None else self.output).logits(x_BTD), "BTV")
 
+    def read(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None) -> jax.Array:
+        """Read the rows of a batch: [B, T] -> [B, T, D]."""
+        return self.features(batch["tokens"], batch["segments"], key=key)
+
     def start(self, tokens_BT: jax.Array, length_B: jax.Array, places: int) -> tuple[jax.Array, RNNLMState]:
         """Read prompts of `length_B` tokens, padded at the end; any number of places fits in a state.
 
