@@ -7,18 +7,19 @@ from dataclasses import replace
 
 import pytest
 
-from tests.tiny import tiny, write_pairs
+from tests.tiny import small, tiny, write_pairs
 from transformer_jax import loop, verbs
-from transformer_jax.compare import _by_length, compare
+from transformer_jax.compare import _by_length, compare, has_room
 from transformer_jax.config import with_changes
 from transformer_jax.errors import Interrupted, UserError
+from transformer_jax.models.bert_seq2seq import BertSeq2SeqConfig
 from transformer_jax.models.rnn_seq2seq import RNNSeq2SeqConfig
 
 RNN = RNNSeq2SeqConfig(vocab_size=306, width=20, embedding=20, encoder_layers=1, decoder_layers=1)
 
 
 def contestants(pairs):
-    base = tiny(pairs, steps=4, eval_every=2, save_every=4)
+    base = small(pairs, steps=4, eval_every=2, save_every=4)
     plain = replace(base, name="lstm", model=replace(RNN, reverse_source=True))
     return [plain, base]
 
@@ -54,6 +55,13 @@ def test_report_resumes_and_holds_its_parts(tmp_path, capsys):
     translator = verbs.Translator.open(run)
     with pytest.raises(UserError, match="'lstm' has no attention"):
         verbs.draw_attention(translator, "one", "eins", tmp_path / "a.png")
+
+
+def test_speed_is_measured_within_a_models_context():
+    learned = replace(tiny(), model=BertSeq2SeqConfig(context=16))
+    assert has_room(learned, 16)
+    assert not has_room(learned, 17)
+    assert has_room(tiny(), 10**6)
 
 
 def test_different_data_is_no_comparison(tmp_path):

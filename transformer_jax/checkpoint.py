@@ -305,7 +305,7 @@ def warm_start(trainer: Trainer, state: TrainState, log: Callable[[str], None]) 
     total = len(jax.tree.leaves(params))
     if len(fresh) == total:
         raise UserError(f"init.run {init.run}: none of its parameters belongs to this model; see init.rename.")
-    parts = sorted({".".join(part for part in name.split(".")[:-1] if not part.isdecimal()) for name in fresh})
+    parts = sorted({".".join(part for part in name.split(".")[:-1] if not part.isdecimal()) or name for name in fresh})
     drawn = f"; drawn anew: {', '.join(parts)}" if parts else ""
     log(f"initialised {total - len(fresh)} of {total} parameter arrays from {init.run}{drawn}")
     return replace(state, params=params)

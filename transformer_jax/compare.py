@@ -19,7 +19,7 @@ import numpy as np
 
 from transformer_jax.bench.batches import sized
 from transformer_jax.bench.train import step_seconds
-from transformer_jax.config import Experiment
+from transformer_jax.config import Experiment, flatten
 from transformer_jax.errors import UserError
 from transformer_jax.evaluate import parallel_text, scores_of
 from transformer_jax.logs import read_metrics, say
@@ -60,7 +60,8 @@ def compare(
         experiments: what to compare.
         seeds: runs of each, with train.seed 0 ... seeds - 1.
         out: folder for `runs/` and the report.
-        lengths: sequence lengths at which speed is measured, on random tokens.
+        lengths: sequence lengths at which speed is measured, on random tokens; a model whose context is shorter
+            is left out there.
         tokens: tokens of a batch in that measurement.
 
     Returns:
@@ -86,7 +87,7 @@ def compare(
     texts = {c.name: c.hypotheses for c in contestants} | {name: [floor] for name, floor in floors.items()}
     results = {name: [scores_of(h, references, data.target) for h in each] for name, each in texts.items()}
     by_length = _by_length(contestants, test, data.target)
-    speed = {e.name: {t: _speed(e, t, tokens) for t in lengths} for e in experiments}
+    speed = {e.name: {t: _speed(e, t, tokens) for t in lengths if has_room(e, t)} for e in experiments}
     _draw(contestants, by_length, speed, out)
     figures = {
         "scores": results,
@@ -101,7 +102,7 @@ def compare(
     }
     path = out / "compare.json"
     path.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sections = _sections(figures, contestants, test, tokens) + _alignments(contestants, test, out)
+    sections = _sections(figures, contestants, test, lengths, tokens) + _alignments(contestants, test, out)
     return [*write_report("Translation, side by side", sections, out), path]
 
 
@@ -141,6 +142,11 @@ def _by_length(contestants: list[Contestant], test: list[Pair], language: str) -
     }
 
 
+def has_room(experiment: Experiment, length: int) -> bool:
+    """Whether the model reads rows of that length; one without learned positions reads any."""
+    return length <= dict(flatten(experiment)).get("model.context", length)
+
+
 def _speed(experiment: Experiment, length: int, tokens: int) -> float:
     """Target tokens a second of the training step at one length, from the fastest of a few steps."""
     multiple = experiment.data.rows_multiple
@@ -176,7 +182,7 @@ def _draw(
             x = np.mean([[r[axis] for r in run] for run in runs], axis=0)
             losses.append(Curve(contestant.name, x.tolist(), [[r["nll"] for r in run] for run in runs]))
         curves(losses, out / f"loss_by_{axis}.png", label, "validation loss (nats a token)")
-    rates = [Curve(name, list(by), [list(by.values())]) for name, by in speed.items()]
+    rates = [Curve(name, list(by), [list(by.values())]) for name, by in speed.items() if by]
     curves(rates, out / "speed_by_length.png", "sequence length (tokens)", "tokens/s", log=True)
 
 
@@ -208,7 +214,9 @@ def _alignments(contestants: list[Contestant], test: list[Pair], out: Path) -> l
     return sections
 
 
-def _sections(figures: dict[str, Any], contestants: list[Contestant], test: list[Pair], tokens: int) -> list[str]:
+def _sections(
+    figures: dict[str, Any], contestants: list[Contestant], test: list[Pair], lengths: Sequence[int], tokens: int
+) -> list[str]:
     """The report: every number in it stands in `figures`."""
     data, where = figures["data"], figures["provenance"]
     rows = []
@@ -251,8 +259,11 @@ def _sections(figures: dict[str, Any], contestants: list[Contestant], test: list
         f"Training steps of {tokens} random tokens a side, the fastest of {TIMED}.\n\n"
         "![tokens/s against length](speed_by_length.png)\n\n"
         + table(
-            ["model", *map(str, next(iter(figures["tokens_per_second_by_length"].values())))],
-            [[n, *(f"{v:,.0f}" for v in by.values())] for n, by in figures["tokens_per_second_by_length"].items()],
+            ["model", *map(str, lengths)],
+            [
+                [name, *(f"{by[t]:,.0f}" if t in by else "beyond its context" for t in lengths)]
+                for name, by in figures["tokens_per_second_by_length"].items()
+            ],
         ),
         "## Translations\n\n" + _translations(contestants, test),
     ]
