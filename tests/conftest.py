@@ -1,4 +1,4 @@
-"""Eight fake devices for every test, and caches that are thrown away."""
+"""Eight fake devices for every test, programs that are compiled cheaply, and caches that are thrown away."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Leave machine code as it comes, in the processes that a test starts too: most programs run a few times.
+
+    That takes 40 % off compiling, and a program is the same up to the last passes. A test marked `optimised` computes
+    for long, or measures.
+    """
+    cheaply = item.get_closest_marker("optimised") is None
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(cheaply)
+    jax.config.update("jax_disable_most_optimizations", cheaply)
 
 
 @pytest.fixture(scope="session", autouse=True)

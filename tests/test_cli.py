@@ -11,11 +11,11 @@ from tests.tiny import write_pairs
 from transformer_jax.cli import main
 
 TINY = """\
-from tests.tiny import tiny as make
+from tests.tiny import small
 from transformer_jax.config import Experiment
 
 def tiny() -> Experiment:
-    return make({path!r})
+    return small({path!r})
 """
 
 

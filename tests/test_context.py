@@ -97,18 +97,13 @@ def gradient_of(name: str, mesh: MeshConfig | None):
 
     step = jax.value_and_grad(loss)
     if mesh is None:
-        return compiled_fast(jax.jit(step).lower(params, batch)), params, batch
+        return jax.jit(step).lower(params, batch).compile(), params, batch
     devices = np.prod(list(vars(mesh).values()))
     trainer = Trainer.of(replace(experiment, mesh=mesh), jax.devices()[:devices])
     layout = trainer.shardings().params
     params, batch = jax.device_put(params, layout), trainer.put(batch)
     with jax.set_mesh(trainer.mesh):
-        return compiled_fast(jax.jit(step, out_shardings=(None, layout)).lower(params, batch)), params, batch
-
-
-def compiled_fast(lowered):
-    """Compile without optimising the machine code: it runs once."""
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+        return jax.jit(step, out_shardings=(None, layout)).lower(params, batch).compile(), params, batch
 
 
 @cache

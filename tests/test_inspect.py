@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.tiny import tiny, write_pairs
+from tests.tiny import small, write_pairs
 from transformer_jax import verbs
 from transformer_jax.cli import main
 from transformer_jax.config import ComputeConfig, MeshConfig
@@ -27,7 +27,7 @@ from transformer_jax.nn.module import Skeleton, parameter_count
 def pod(tmp_path_factory):
     """A run of 2 x 2 x 2 devices, whose arrays are then destroyed, so that nobody can read them."""
     folder = tmp_path_factory.mktemp("pod")
-    experiment = tiny(write_pairs(folder / "pairs.tsv"), steps=2, save_every=1, eval_every=2)
+    experiment = small(write_pairs(folder / "pairs.tsv"), steps=2, save_every=1, eval_every=2)
     run = folder / "run"
     verbs.train(replace(experiment, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), run)
     destroyed = [path for path in run.glob("checkpoints/*/*/ocdbt.process_*/d/*") if path.is_file()]
@@ -48,7 +48,7 @@ def inspected_elsewhere(path: Path) -> dict:
 
 def test_checkpoint_of_a_pod_is_told_on_one_device_without_its_arrays(pod):
     found = inspected_elsewhere(pod)
-    experiment = tiny()
+    experiment = small()
     skeleton = Skeleton.of(experiment.model, ComputeConfig(layers="scan"))
     assert (found["step"], found["steps"]) == (2, [1, 2])
     assert {axis: size for axis, size in found["mesh"].items() if size > 1} == {"data": 2, "fsdp": 2, "tensor": 2}

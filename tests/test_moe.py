@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -43,8 +43,6 @@ from transformer_jax.train import Trainer
 
 B, T, D, F, E, Z, V, N = 3, 22, 12, 20, 5, 2, 37, 4
 KEY = jax.random.key(7)
-# What is compiled runs a few times: its machine code is not optimised.
-run_once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 GELU = {"activation": "gelu", "gated": False, "bias": True, "init": normal(0.5), "residual_init": normal(0.5)}
 SWIGLU = {"activation": "silu", "gated": True, "bias": False, "init": normal(0.5), "residual_init": normal(0.5)}
 DIALECTS = pytest.mark.parametrize("dialect", [GELU, SWIGLU], ids=["gelu", "swiglu"])
@@ -196,7 +194,7 @@ MODEL = GPTConfig(
 @cache
 def parameters(model=MODEL, layers="unrolled", remat="none"):
     skeleton = Skeleton.of(model, ComputeConfig(layers=layers, remat=remat))
-    return skeleton, run_once(lambda key: noisy(skeleton.init(key), share=0.1))(jax.random.key(3))
+    return skeleton, jax.jit(lambda key: noisy(skeleton.init(key), share=0.1))(jax.random.key(3))
 
 
 def batch(rows=B, length=24, seed=0):
@@ -225,7 +223,7 @@ def test_scanned_and_recomputed_is_unrolled():
     for layers, remat in (("unrolled", "none"), ("scan", "full"), ("unrolled", "dots")):
         skeleton, _ = parameters(layers=layers, remat=remat)
         params = parameters()[1] if layers == "unrolled" else stack_layers(parameters()[1])
-        step = run_once(jax.value_and_grad(loss_of(skeleton, CausalLM(chunk=5)), has_aux=True))
+        step = jax.jit(jax.value_and_grad(loss_of(skeleton, CausalLM(chunk=5)), has_aux=True))
         (_, values), grads = step(params, batch())
         results.append((values, stack_layers(grads)))
     for values, grads in results[1:]:
@@ -239,7 +237,7 @@ def test_scanned_and_recomputed_is_unrolled():
 def test_no_token_depends_on_a_later_one():
     """Neither by value nor by a place that it takes."""
     skeleton, params = parameters(replace(MODEL, experts=replace(MODEL.experts, capacity=0.4)))
-    run = run_once(lambda tokens: skeleton.bind(params).features(tokens, key=KEY))
+    run = jax.jit(lambda tokens: skeleton.bind(params).features(tokens, key=KEY))
     tokens = batch()["tokens"][:1]
     before = run(tokens)
     for t in (5, 14, 22):
@@ -252,9 +250,9 @@ def test_cached_is_full_and_drops_nothing():
     """Prompts of several lengths in one batch, one token at a time and several."""
     skeleton, params = parameters(replace(MODEL, layers=1, experts=replace(MODEL.experts, capacity=0.1)))
     tokens = batch(length=16, seed=1)["tokens"][:1].repeat(3, 0)
-    full = np.asarray(run_once(lambda tokens: skeleton.bind(params)(tokens, positions_BT=None))(tokens))
-    start = run_once(lambda tokens, lengths: skeleton.bind(params).start(tokens, lengths, 16))
-    extend = run_once(lambda state, tokens: skeleton.bind(params).extend(state, tokens))
+    full = np.asarray(jax.jit(lambda tokens: skeleton.bind(params)(tokens, positions_BT=None))(tokens))
+    start = jax.jit(lambda tokens, lengths: skeleton.bind(params).start(tokens, lengths, 16))
+    extend = jax.jit(lambda state, tokens: skeleton.bind(params).extend(state, tokens))
     at, row = np.array([7, 3, 9]), np.arange(3)
     logits, state = start(np.where(np.arange(9) < at[:, None], tokens[:, :9], 0), at)
     np.testing.assert_allclose(logits, full[row, at - 1], atol=1e-3)
@@ -286,7 +284,7 @@ QUICK = ("fsdp 2 x expert 2 x tensor 2",)
 
 
 def _initial(skeleton):
-    return run_once(lambda key: noisy(skeleton.init(key), share=0.05))(jax.random.key(1))
+    return jax.jit(lambda key: noisy(skeleton.init(key), share=0.05))(jax.random.key(1))
 
 
 @cache
@@ -301,7 +299,7 @@ def gradient(capacity: float, mesh: MeshConfig):
     step = jax.value_and_grad(loss_of(trainer.skeleton, setup.objective), has_aux=True)
     given = trainer.put(batch(8, 32))
     with jax.set_mesh(trainer.mesh):
-        return run_once(step)(params, given)
+        return jax.jit(step)(params, given)
 
 
 @pytest.mark.parametrize("mesh", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in MESHES])
@@ -364,7 +362,7 @@ def test_a_classifier_learns_to_balance_too():
     model = replace(MODEL, task="classify", labels=3)
     skeleton, params = parameters(model)
     rows = batch() | {"label": np.array([2, 0, -1])}
-    values = run_once(loss_of(skeleton, Classification(lm_weight=0.5)))(params, rows)[1]
+    values = jax.jit(loss_of(skeleton, Classification(lm_weight=0.5)))(params, rows)[1]
     lm = 0.5 * values["lm_nll"]
     extra = 2 * (0.01 * values["load_balance"] + 0.001 * values["router_z"])
     np.testing.assert_allclose(values["loss"], values["nll"] + lm + extra, rtol=1e-5)
@@ -481,7 +479,7 @@ def test_mixtral_gives_the_logits_of_transformers(tmp_path):
         plan = plan_of(MIXTRAL, fields, opened)
         params = read_params(plan, opened)
     skeleton = Skeleton.of(plan.config, ComputeConfig(layers="scan"))
-    logits = run_once(lambda params: skeleton.bind(params)(rows["tokens"], rows["segments"]))(params)
+    logits = jax.jit(lambda params: skeleton.bind(params)(rows["tokens"], rows["segments"]))(params)
     np.testing.assert_allclose(np.where(real, logits, 0), arrays["next"], atol=2e-5)
     reference = REFERENCES["mixtral"](config_json, lambda name: given[_theirs(name)], frozenset(), rows)["next"]
     np.testing.assert_allclose(np.where(real, reference, 0), arrays["next"], atol=2e-5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,26 +16,29 @@ import numpy as np
 import pytest
 
 from tests.test_loop import losses, params_of
-from tests.tiny import tiny, write_pairs
+from tests.tiny import small, write_pairs
 from transformer_jax import distributed, pulse
 from transformer_jax.anomalies import read_anomalies, read_batch
 from transformer_jax.checkpoint import steps_of
 from transformer_jax.errors import UserError
+from transformer_jax.launch.local import free_port
 
 RECIPE = """\
 from dataclasses import replace
-from tests.tiny import tiny
+from tests.tiny import small
 from transformer_jax.config import Experiment, MeshConfig
 
 def run() -> Experiment:
-    return replace(tiny("pairs.tsv"), mesh=MeshConfig(data=2, fsdp=2, tensor=1))
+    return replace(small("pairs.tsv"), mesh=MeshConfig(data=2, fsdp=2, tensor=1))
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture
+def folder(tmp_path):
+    """A recipe and its data."""
+    (tmp_path / "recipes.py").write_text(RECIPE)
+    write_pairs(tmp_path / "pairs.tsv")
+    return tmp_path
 
 
 def start(folder: Path, processes: int, *arguments: str, lost: int = 30, first: str = "") -> list[subprocess.Popen]:
@@ -45,7 +47,7 @@ def start(folder: Path, processes: int, *arguments: str, lost: int = 30, first: 
         "PYTHONPATH": str(Path(__file__).parent.parent),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
         # Only process 0 fills the cache: the others would compile alone, while it waits for them, 30 s at most (gloo).
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAX_ENABLE_COMPILATION_CACHE": str(processes == 1),
         "TJAX_LOST_TIMEOUT": str(lost),
     }
     program = f"{first}from transformer_jax.cli import main; main()"
@@ -98,9 +100,7 @@ def test_addresses_that_cannot_be(monkeypatch, values, message):
         ("0", r"process 1 to come to 127\.0\.0\.1:\d+"),
     ],
 )
-def test_who_waits_says_for_whom_and_gives_up_in_one_line(tmp_path, process, whom):
-    (tmp_path / "recipes.py").write_text(RECIPE)
-    write_pairs(tmp_path / "pairs.tsv")
+def test_who_waits_says_for_whom_and_gives_up_in_one_line(folder, process, whom):
     program = (
         "from transformer_jax import distributed; distributed.PATIENCE = 1\n"
         "from transformer_jax.cli import main; main()"
@@ -114,62 +114,54 @@ def test_who_waits_says_for_whom_and_gives_up_in_one_line(tmp_path, process, who
     }
     command = [sys.executable, "-c", program, "train", "recipes.py:run"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 2, done.stderr
     assert re.search(rf"process {process} of 2 has waited 1 s for {whom}", done.stderr)
     last = done.stderr.splitlines()[-1]
     assert re.match(rf"tjax: process {process} of 2 gave up after 3 s of waiting for {whom}; .*TJAX_JOIN_TIMEOUT", last)
-    assert not (tmp_path / "runs").exists()
+    assert not (folder / "runs").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.multi
-def test_a_notice_to_one_process_saves_on_all_at_the_same_step(tmp_path):
-    write_pairs(tmp_path / "pairs.tsv")
-    (tmp_path / "recipes.py").write_text(RECIPE)
-    running = start(tmp_path, 2, "--train.steps", "5000", "--train.save-every", "5000", "--out", "run")
-    wait_for_metrics(running, tmp_path / "run", 5)
+def test_a_notice_or_a_loss_ends_all_and_the_same_command_goes_on(folder):
+    run, endless = folder / "run", ("--train.steps", "5000", "--out", "run")
+    running = start(folder, 2, *endless, "--train.save-every", "5000")
+    wait_for_metrics(running, run, 5)
     running[1].send_signal(signal.SIGTERM)
     said = [process.communicate(timeout=200)[1] for process in running]
     assert [process.returncode for process in running] == [128 + signal.SIGTERM] * 2, said
     stopped = {re.search(r"stopped by SIGTERM at step (\d+);", words).group(1) for words in said}
     (step,) = map(int, stopped)
-    assert steps_of(tmp_path / "run") == [step]
+    assert steps_of(run) == [step]
     assert step < 5000
-    assert f"restored step {step} of {step + 1}" in job(tmp_path, 2, step + 1, "run")[0]
 
-
-@pytest.mark.slow
-@pytest.mark.multi
-def test_a_killed_process_ends_the_others_and_a_restart_goes_on(tmp_path):
-    write_pairs(tmp_path / "pairs.tsv")
-    (tmp_path / "recipes.py").write_text(RECIPE)
-    running = start(tmp_path, 2, "--train.steps", "5000", "--train.save-every", "4", "--out", "run")
-    wait_for_metrics(running, tmp_path / "run", 8)
+    running = start(folder, 2, *endless, "--train.save-every", "4")
+    wait_for_metrics(running, run, (run / "metrics.jsonl").read_text().count("\n") + 8)
     running[1].kill()
     said = running[0].communicate(timeout=200)[1]
     running[1].communicate()
+    assert f"restored step {step} of 5000" in said
     # A collective fails, or it waits and the meetings of all fail.
     assert running[0].returncode == pulse.LOST, said
     ours = (
         r"^tjax: process 0 of 2 has (lost the others|heard nothing of process 1) .*/checkpoints/\d+\. Start all again"
     )
     assert re.search(ours, said, re.M)
-    step = steps_of(tmp_path / "run")[-1]
-    assert f"restored step {step} of {step + 1}" in job(tmp_path, 2, step + 1, "run")[0]
+
+    step = steps_of(run)[-1]
+    assert f"restored step {step} of {step + 1}" in job(folder, 2, step + 1, "run")[0]
 
 
 @pytest.mark.slow
 @pytest.mark.multi
 @pytest.mark.parametrize(("hangs", "whom"), [(1, "process 1"), (0, "process 0, where all meet")])
-def test_a_process_that_hangs_is_named_and_not_waited_for(tmp_path, hangs, whom):
-    write_pairs(tmp_path / "pairs.tsv")
-    (tmp_path / "recipes.py").write_text(RECIPE)
+def test_a_process_that_hangs_is_named_and_not_waited_for(folder, hangs, whom):
     often = "from transformer_jax import pulse; pulse.PATIENCE = 8; "
     arguments = ("--train.steps", "5000", "--train.save-every", "4", "--out", "run")
-    running = start(tmp_path, 2, *arguments, lost=20, first=often)
-    wait_for_metrics(running, tmp_path / "run", 8)
+    running = start(folder, 2, *arguments, lost=20, first=often)
+    wait_for_metrics(running, folder / "run", 8)
     running[hangs].send_signal(signal.SIGSTOP)
     other = 1 - hangs
     said = running[other].communicate(timeout=200)[1]
@@ -203,7 +195,7 @@ def test_who_was_stopped_itself_blames_nobody(monkeypatch):
 
     monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
     monkeypatch.setattr(pulse, "say", said.append)
-    watching = pulse.Pulse(100)
+    watching = pulse.Pulse(100, 1800)
     watching.newest = str
     with pytest.raises((StopIteration, RuntimeError)):
         watching._watch()
@@ -212,40 +204,34 @@ def test_who_was_stopped_itself_blames_nobody(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.multi
-def test_processes_come_and_go_and_the_numbers_stay(tmp_path):
-    write_pairs(tmp_path / "pairs.tsv")
-    (tmp_path / "recipes.py").write_text(RECIPE)
-    job(tmp_path, 1, 12, "alone")
-    job(tmp_path, 2, 12, "together")
-    assert steps_of(tmp_path / "together") == [4, 8, 12]
-    job(tmp_path, 2, 4, "mixed")
-    job(tmp_path, 4, 8, "mixed")
-    job(tmp_path, 1, 12, "mixed")
-    alone = params_of(tmp_path / "alone")
-    for run in ("together", "mixed"):
-        assert len(losses(tmp_path / run)) == len(losses(tmp_path / "alone"))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params_of(tmp_path / run), alone)
+def test_processes_come_and_go_and_the_numbers_stay(folder):
+    job(folder, 1, 12, "alone")
+    job(folder, 2, 4, "mixed")
+    job(folder, 4, 8, "mixed")
+    job(folder, 1, 12, "mixed")
+    assert steps_of(folder / "mixed") == [4, 8, 12]
+    assert len(losses(folder / "mixed")) == len(losses(folder / "alone"))
+    alone, mixed = params_of(folder / "alone"), params_of(folder / "mixed")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mixed, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.multi
-def test_all_processes_answer_a_nan_alike(tmp_path):
-    write_pairs(tmp_path / "pairs.tsv")
-    (tmp_path / "recipes.py").write_text(RECIPE)
+def test_all_processes_answer_a_nan_alike(folder):
     hot = ("--optim.schedule.peak", "1e30", "--optim.schedule.warmup", "1", "--optim.clip-norm", "0")
-    running = start(tmp_path, 2, *hot, "--train.on-nan", "rollback", "--train.max-rollbacks", "1", "--out", "run")
+    running = start(folder, 2, *hot, "--train.on-nan", "rollback", "--train.max-rollbacks", "1", "--out", "run")
     said = [process.communicate(timeout=300)[1] for process in running]
     assert [process.returncode for process in running] == [2, 2], said
     lines = [
         re.search(r"^tjax: loss is nan .* at step 2, .* after 1 rollback\(s\)", words, re.M).group() for words in said
     ]
     assert lines[0] == lines[1]
-    assert [anomaly.policy for anomaly in read_anomalies(tmp_path / "run")] == ["rollback", "stop"]
-    batch = read_batch(tmp_path / "run", 2)
+    assert [anomaly.policy for anomaly in read_anomalies(folder / "run")] == ["rollback", "stop"]
+    batch = read_batch(folder / "run", 2)
     assert len(batch["source"]) == len(batch["example"])
-    assert [int(i) for i in batch["example"] if i >= 0] == read_anomalies(tmp_path / "run")[-1].examples
-    examples = set(read_anomalies(tmp_path / "run")[-1].examples)
-    iterators = [tiny(tmp_path / "pairs.tsv").data.open(306).train_iterator(0, process, 2) for process in (0, 1)]
+    assert [int(i) for i in batch["example"] if i >= 0] == read_anomalies(folder / "run")[-1].examples
+    examples = set(read_anomalies(folder / "run")[-1].examples)
+    iterators = [small(folder / "pairs.tsv").data.open(306).train_iterator(0, process, 2) for process in (0, 1)]
     # Step 2 met the second batch; behind the rollback to step 0, steps 1 and 2 met the third and the fourth.
     fourth = [[next(iterator) for _ in range(4)][-1]["example"] for iterator in iterators]
     assert examples == {int(i) for part in fourth for i in part if i >= 0}

@@ -60,9 +60,8 @@ MESHES = {"data": {"data": 8}, "fsdp": {"data": 1, "fsdp": 8}, "mixed": {"data":
 
 
 def compiled(trainer: Trainer):
-    """Compile the step; its machine code, which nobody runs, is not optimised."""
-    lowered = trainer.lower_train_step(trainer.experiment.data.batch_shapes())
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    """Compile the step."""
+    return trainer.lower_train_step(trainer.experiment.data.batch_shapes()).compile()
 
 
 class Step:

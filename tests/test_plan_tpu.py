@@ -26,6 +26,7 @@ GOLDEN = sorted((Path(__file__).parent / "golden" / "plan").glob("*.json"))
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.optimised,  # what is planned is what will run
     pytest.mark.filterwarnings("ignore"),  # of libtpu, about the machine
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: `make plan-all`"),
     pytest.mark.skipif("TJAX_PLAN_ALL" not in os.environ, reason="minutes a recipe: `make plan-all`"),

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from tests.test_loop import losses, params_of
-from tests.tiny import deterministic, tiny, write_pairs
+from tests.tiny import deterministic, small, write_pairs
 from transformer_jax import verbs
 from transformer_jax.anomalies import SpikeBound, read_anomalies, read_batch
 from transformer_jax.checkpoint import steps_of
@@ -52,16 +52,6 @@ class Poisoned(Seq2Seq):
         hit = (batch["source"][:, : len(self.source)] == jnp.array(self.source)).all(1).any()
         factor = jnp.where(hit, self.factor, 1.0) if self.factor else jnp.log(jnp.where(hit, -1.0, jnp.e))
         return {"tokens": sums["tokens"] | {"loss": factor * sums["tokens"]["loss"]}}
-
-
-def small(pairs, **settings):
-    """The tiny experiment with few layers and one length of rows: little to compile."""
-    experiment = tiny(pairs, **settings)
-    return replace(
-        experiment,
-        model=replace(experiment.model, encoder_layers=1, decoder_layers=2),
-        data=replace(experiment.data, bucket_lengths=(32,)),
-    )
 
 
 def poisoned(pairs, step, factor=0.0, **settings):

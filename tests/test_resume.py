@@ -16,13 +16,14 @@ from tests.test_loop import assert_equal_runs
 from tests.tiny import write_pairs
 from transformer_jax.checkpoint import steps_of
 
+pytestmark = [pytest.mark.slow, pytest.mark.optimised]  # a thousand steps
+
 RECIPE = """\
-from dataclasses import replace
-from tests.tiny import tiny
+from tests.tiny import small
 from transformer_jax.config import Experiment
 
 def run() -> Experiment:
-    return tiny("pairs.tsv", steps=300, eval_every=50, save_every=10, log_every=5)
+    return small("pairs.tsv", steps=300, eval_every=50, save_every=10, log_every=5)
 """
 
 
@@ -38,10 +39,15 @@ def start(folder: Path, out: str) -> subprocess.Popen:
     )
 
 
+def lines(folder: Path) -> int:
+    """Count the lines that a run has logged."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 def wait_for_metrics(process: subprocess.Popen, folder: Path, beyond: int) -> None:
     """Wait until the run has logged past `beyond` lines, or has ended."""
-    path = folder / "metrics.jsonl"
-    while process.poll() is None and not (path.exists() and path.read_text().count("\n") > beyond):
+    while process.poll() is None and lines(folder) <= beyond:
         time.sleep(0.02)
 
 
@@ -61,34 +67,35 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_sigkill_at_arbitrary_moments(folder, seed):
-    moments, out, kills = random.Random(seed), f"killed{seed}", 0
-    for _ in range(3):
-        process = start(folder, out)
-        wait_for_metrics(process, folder / out, beyond=moments.choice([0, 2, 5]))
+def test_sigkill_at_arbitrary_moments(folder):
+    moments, run, kills = random.Random(0), folder / "killed", 0
+    for further in (0, 2, 5):
+        beyond = lines(run) + further
+        process = start(folder, run.name)
+        wait_for_metrics(process, run, beyond)
         time.sleep(moments.uniform(0, 1.0))
         kills += process.poll() is None
         process.kill()
         process.communicate()
     assert kills, "the run ended before it could be killed"
-    assert_ends_well(start(folder, out))
-    assert_equal_runs(folder / out, folder / "whole")
+    assert_ends_well(start(folder, run.name))
+    assert_equal_runs(run, folder / "whole")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_first_and_say_so(folder, number):
-    out = f"stopped{number}"
-    process = start(folder, out)
-    wait_for_metrics(process, folder / out, beyond=3)
-    process.send_signal(number)
-    _, err = process.communicate()
-    assert process.returncode == 128 + number, err
-    assert f"stopped by {number.name} at step" in err
-    assert "the same command continues" in err
-    step = steps_of(folder / out)[-1]
-    assert f"at step {step};" in err
-    assert f"restored step {step} of 300" in assert_ends_well(start(folder, out))
-    assert_equal_runs(folder / out, folder / "whole")
+def test_signals_save_first_and_say_so(folder):
+    run, restored = folder / "stopped", ""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        beyond = lines(run) + 3
+        process = start(folder, run.name)
+        wait_for_metrics(process, run, beyond)
+        process.send_signal(number)
+        _, err = process.communicate()
+        assert process.returncode == 128 + number, err
+        assert f"stopped by {number.name} at step" in err
+        assert "the same command continues" in err
+        assert restored in err
+        step = steps_of(run)[-1]
+        assert f"at step {step};" in err
+        restored = f"restored step {step} of 300"
+    assert restored in assert_ends_well(start(folder, run.name))
+    assert_equal_runs(run, folder / "whole")

@@ -16,6 +16,8 @@ from transformer_jax.scaling.isoflop import IsoFlops
 from transformer_jax.scaling.laws import frontier, predict
 from transformer_jax.scaling.runs import Points, Table
 
+pytestmark = pytest.mark.optimised  # fits by the hundred
+
 LAW, THETA = SURFACES["A3"]
 TRUE_A = float(frontier(LAW, THETA).a)
 

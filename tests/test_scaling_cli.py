@@ -15,6 +15,8 @@ from tests.surface import SURFACES, iso_flops, noisy, write_csv
 from transformer_jax.cli import main
 from transformer_jax.scaling.laws import frontier
 
+pytestmark = pytest.mark.optimised  # fits by the hundred
+
 LAW, THETA = SURFACES["A3"]
 FAST = ("--bootstraps", "60")
 

@@ -21,6 +21,8 @@ from transformer_jax.scaling.scipy_loop import scipy_loop
 from transformer_jax.scaling.table import TableOptions, read_table
 
 every_form = pytest.mark.parametrize("name", SURFACES)
+pytestmark = pytest.mark.optimised  # fits by the hundred
+
 LAW, THETA = SURFACES["A3"]
 
 

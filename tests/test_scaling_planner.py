@@ -19,6 +19,8 @@ from transformer_jax.scaling.laws import frontier, predict
 from transformer_jax.scaling.planner import Belief, cheapest_grid
 from transformer_jax.scaling.runs import Points
 
+pytestmark = pytest.mark.optimised  # fits by the hundred
+
 LAW, THETA = SURFACES["A3"]
 
 

@@ -19,6 +19,8 @@ from transformer_jax.scaling.table import TableOptions
 from transformer_jax.sweep.counts import counts
 from transformer_jax.sweep.register import compare, register
 
+pytestmark = pytest.mark.optimised  # fits by the hundred
+
 LAW, THETA = SURFACES["A3"]
 
 
@@ -49,8 +51,12 @@ def test_a_prediction_comes_before_its_run_and_stays(tmp_path, monkeypatch, caps
     with pytest.raises(UserError, match="a prediction is registered once"):
         register(tmp_path / "runs.csv", TableOptions(), settings, experiment, [folder], record)
     assert compare(record, [folder])["outcomes"] == []
+    folder.mkdir()
+    (folder / "experiment.json").write_text("{}")  # what a run writes first
+    with pytest.raises(UserError, match=r"has begun \(saved up to step 0\)"):
+        register(tmp_path / "runs.csv", TableOptions(), settings, experiment, [folder], tmp_path / "late.json")
     (folder / "checkpoints" / "7").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"has been trained \(step 7\)"):
+    with pytest.raises(UserError, match=r"has begun \(saved up to step 7\)"):
         register(tmp_path / "runs.csv", TableOptions(), settings, experiment, [folder], tmp_path / "late.json")
 
     seed = replace(experiment, train=replace(experiment.train, seed=5))

@@ -13,7 +13,7 @@ import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from tests.tiny import tiny, write_pairs
+from tests.tiny import small, write_pairs
 from transformer_jax import checkpoint, logs, verbs
 from transformer_jax.cli import main
 from transformer_jax.cli.verb import experiment_of
@@ -61,7 +61,7 @@ def bucket(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_is_trained_resumed_and_evaluated(bucket, tmp_path, monkeypatch):
-    experiment = tiny(write_pairs(tmp_path / "pairs.tsv"), steps=2, save_every=2, eval_every=2)
+    experiment = small(write_pairs(tmp_path / "pairs.tsv"), steps=2, save_every=2, eval_every=2)
     arrays = tmp_path / "arrays"  # TensorStore has its own way into a bucket
     monkeypatch.setattr(checkpoint, "_directory", lambda run: arrays)
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,13 @@ from typing import Any
 
 import jax
 
-FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_OPTIMIZATION_LEVEL", "JAX_DEFAULT_MATMUL_PRECISION")
+FLAGS = (
+    "XLA_FLAGS",
+    "LIBTPU_INIT_ARGS",
+    "JAX_OPTIMIZATION_LEVEL",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+)
 """Environment variables that change the compiled program."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "tokenizers", "numpy")
