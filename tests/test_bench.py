@@ -47,8 +47,10 @@ def products_of(jaxpr, times=1):
         (replace(RNN, attention="general", input_feeding=True), 2 * 64 * 3 * 2 * 32),
         (replace(RNN, attention="additive", maxout=24), 2 * 32 * 3 * 2 * 32),
         (replace(RNN, attention="dot", bidirectional=False, encoder_layers=3, cell="gru"), 0),
+        # And the context vector, once a sentence too; what it adds to the gates is counted.
+        (replace(RNN, bidirectional=False, feed_context=True, maxout=24), 2 * 32 * 3 * 2 * 32 + 2 * 32 * 32),
     ],
-    ids=["transformer", "none", "additive", "general", "maxout", "dot"],
+    ids=["transformer", "none", "additive", "general", "maxout", "dot", "context"],
 )
 def test_forward_flops_are_those_of_the_program(config, slack):
     config.check()

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 
+import jax
 import pytest
 
+from experiments import bench_accelerator
 from experiments.bench_accelerator import Options, main, rows
 from tests.test_bench_peers import PYTHON
 from transformer_jax.errors import UserError
@@ -53,17 +56,44 @@ def test_each_kind_of_row_in_miniature(tmp_path):
     assert not done.returncode, done.stderr
     results = json.loads((tmp_path / "bench_cpu_small.json").read_text())
     assert sorted(results) == sorted(kinds + peers)
-    failed = {name: result["failed"] for name, result in results.items() if "failed" in result}
+    failed = {name: result["points"][0]["failed"] for name, result in results.items() if "provenance" not in result}
     assert list(failed) in ([], peers)
     assert all("the peers need torch" in why for why in failed.values())
-    done_rows = [result for result in results.values() if "failed" not in result]
+    done_rows = [result for result in results.values() if "provenance" in result]
     assert all({"command", "device", "versions"} <= result["provenance"].keys() for result in done_rows)
+    assert not [point for result in done_rows for point in result["points"] if isinstance(point.get("failed"), str)]
     assert all(f"| {name} |" in done.stdout for name in results)
 
 
-def test_what_there_is_no_time_for_is_said(tmp_path, capsys):
-    results = json.loads(main(Options(minutes=-1, out=tmp_path, small=True)).read_text())
-    assert all("not begun" in result["failed"] for result in results.values())
-    assert "not begun" in capsys.readouterr().out
+def test_what_there_is_no_time_for_is_said_and_what_was_measured_stays(tmp_path, capsys, monkeypatch):
+    clock, kept = [0.0], {"gpt2_124m": {"points": [{"rows": 1, "length": 2, "tokens_per_second": 3}], "provenance": {}}}
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    (tmp_path / "bench_cpu_small.json").write_text(json.dumps(kept))
+
+    def run(row, piece, _):
+        clock[0] += 100
+        if row.name == "bert_large_128":
+            raise jax.errors.JaxRuntimeError("INTERNAL: no such kernel")
+        return {"points": [{"rows": piece.batch[0], "length": 7} | dict.fromkeys(FIGURES, 0.5)], "provenance": {}}
+
+    monkeypatch.setattr(bench_accelerator, "_run", run)
+    chosen = ("gpt2_124m", "bert_large_128", "decode_gpt2_1558m", "transformer_big")
+    results = json.loads(main(Options(minutes=6, out=tmp_path, small=True, rows=chosen)).read_text())
+    said = {name: [point.get("failed", "") for point in result["points"]] for name, result in results.items()}
+    over = "not begun: 6 minutes would be over"
+    # Three points of 100 s fit into 6 minutes; of a row of several, each is a point.
+    assert said == {
+        "gpt2_124m": [""],
+        "bert_large_128": ["INTERNAL: no such kernel"],
+        "transformer_big": [""],
+        "decode_gpt2_1558m": [over, over],
+    }
+    assert results["gpt2_124m"]["points"][0]["length"] == 7
+    assert over in capsys.readouterr().out
+    again = json.loads(main(Options(minutes=-1, out=tmp_path, small=True, rows=chosen)).read_text())
+    assert all(again[name] == results[name] for name in ("gpt2_124m", "transformer_big"))
     with pytest.raises(UserError, match=r"--rows: choose among gpt2_124m"):
         main(Options(rows=("gpt3",), out=tmp_path))
+
+
+FIGURES = ("tokens_per_second", "share_of_floor", "share_of_matmul_rate")

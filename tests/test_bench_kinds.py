@@ -16,6 +16,7 @@ from tests.tiny import tiny, write_pairs
 from tests.tiny_gpt import CHARACTERS as TOKENIZER
 from tests.tiny_gpt import GPT2, experiment
 from transformer_jax.bench import data as loading
+from transformer_jax.bench import decode
 from transformer_jax.bench.batches import sized
 from transformer_jax.bench.ceilings import Ceilings
 from transformer_jax.bench.checkpoint import bench_checkpoint
@@ -24,6 +25,7 @@ from transformer_jax.bench.decode import Prompted, bench_decode
 from transformer_jax.bench.depth import at_depth, bench_compile
 from transformer_jax.bench.profile import profile
 from transformer_jax.bench.report import lines
+from transformer_jax.bench.run import Request, bench
 from transformer_jax.bench.train import Effort
 from transformer_jax.config import ComputeConfig
 from transformer_jax.errors import UserError
@@ -53,13 +55,46 @@ def test_decoding_by_a_decoder_alone():
     assert any("greedy" in line for line in told("decode", point))
 
 
+def test_the_floor_counts_what_a_token_has_to_read():
+    """Of experts those that are chosen, of grouped heads their share, of a sliding window what it spans."""
+    limits = replace(FAST, bandwidth=1e12)
+    experts = replace(GPT2.experts, count=8, chosen=2)
+    model = replace(GPT2, layers=2, kv_heads=2, windows=(0, 5), experts=experts)
+    point = bench_decode(sized(experiment(model, TOKENIZER), 8, 16), Prompted(11, 20), QUICK, limits)
+    V, width, kv = TOKENIZER.vocab_size, 24, 2 * 6
+    attention = 2 * width * width + 2 * width + 2 * (width * kv + kv)
+    expert = 2 * width * 40  # its biases are looked up
+    layer = attention + width * 8 + 2 * expert + 2 * 2 * width
+    assert point["parameter_bytes"] == 4 * (2 * layer + 2 * width + width * V)
+    dense, sliding = 11 + 20 / 2, 5
+    assert point["bytes_per_token"] - point["parameter_bytes"] == pytest.approx(
+        8 * 4 * (dense + sliding) * (2 * kv + 1)
+    )
+
+
+def test_writing_faster_than_the_device_can_is_refused(monkeypatch):
+    """Of a measured bandwidth or peak only after it was measured again."""
+    again = []
+    monkeypatch.setattr(Ceilings, "again", lambda self: again.append(self) or self)
+    monkeypatch.setattr(decode, "CACHED", 0)
+    tiny_gpt = sized(experiment(GPT2, TOKENIZER), 8, 16)
+    with pytest.raises(UserError, match=r"a token took .* ms, less than the .* no figure is given"):
+        bench_decode(tiny_gpt, Prompted(11, 4), QUICK, replace(FAST, bandwidth=1.0))
+    with pytest.raises(UserError, match=r"took .* ms, less than the .* no figure is given"):
+        bench_decode(tiny_gpt, Prompted(11, 4), QUICK, replace(FAST, peak=1e6))
+    assert len(again) == 2
+    with pytest.raises(UserError, match=r"--length is of training; --what decode reads --prompt tokens"):
+        bench([("", tiny_gpt)], Request(what="decode", length=(8,)))
+
+
 def test_decoding_by_a_translator():
     decode = replace(SMALL.decode, beam=3)
     experiment = sized(replace(SMALL, decode=decode), 8, 16)
     point = bench_decode(experiment, Prompted(9, 5, "int8"), QUICK, FAST)
     assert (point["rows"], point["length"], point["new"], point["how"]) == (8, 9, 5, "beam of 3")
     # A byte a number of the decoder's matrices and of the table; four a scale, a bias, and a number of the three norms.
-    matrices, scales = 2 * 4 * 24 * 24 + 2 * 24 * 40 + 306 * 24, 2 * 4 * 24 + 40 + 24 + 306
+    # Keys and values of the source were made while it was read.
+    matrices, scales = (4 + 2) * 24 * 24 + 2 * 24 * 40 + 306 * 24, (4 + 2) * 24 + 40 + 24 + 306
     assert point["parameter_bytes"] == matrices + 4 * (scales + 40 + 24 + 3 * 2 * 24)
     memory = 8 * 9 * 2 * 24 * 4
     assert memory < point["bytes_per_token"]
@@ -97,7 +132,7 @@ def test_the_loader_has_one_core_and_gives_it_back():
 def test_saving_stalls_no_longer_than_it_takes(tmp_path, monkeypatch):
     def quick(state, batch):
         time.sleep(1e-3)
-        params = {**state.params, "embedding": jax.tree.map(lambda x: x + 1, state.params["embedding"])}
+        params = jax.tree.map(lambda x: x + 1, state.params)
         return replace(state, params=params), {"loss": np.float32(1), "tokens": np.float32(1)}
 
     monkeypatch.setattr(sys.modules["transformer_jax.train"].Trainer, "train_step", lambda _: quick)

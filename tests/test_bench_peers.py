@@ -14,7 +14,7 @@ import pytest
 
 from transformer_jax.bench import peer_ours, peers
 from transformer_jax.bench.batches import random_batch, sized
-from transformer_jax.bench.decode import Prompted
+from transformer_jax.bench.decode import Opened, Prompted
 from transformer_jax.bench.peer_ours import Contender
 from transformer_jax.bench.peer_spec import training, variants_of, write_weights, writing
 from transformer_jax.bench.peers import bench_peers
@@ -30,6 +30,9 @@ import json, sys
 spec = json.loads(sys.stdin.readline())
 if spec["variant"] == "compile":
     sys.exit("no compiler at all")
+if spec["variant"] == "static-compile":
+    print(json.dumps({"first_seconds": 1.0}), flush=True)
+    sys.exit("out of memory")
 say = lambda x: print(json.dumps(x), flush=True)
 say({"first_seconds": 1.0} | json.loads(FACTS))
 for line in sys.stdin:
@@ -78,7 +81,8 @@ def test_ratios_say_how_much_faster_we_are():
 
 def test_the_best_of_those_that_ran_is_who_counts(beside):
     beside(parameters=1000, written=[[7, 8, 9, 4]])
-    found = bench_peers(small(), ["static", "dynamic"], budget=0.0, prompted=Prompted(5, 4))
+    found = bench_peers(small(), ["static", "static-compile", "dynamic"], budget=0.0, prompted=Prompted(5, 4))
+    assert found["failed"] == {"static-compile": "out of memory"}
     assert found["best"] == dict.fromkeys(("minima", "medians"), "PyTorch dynamic") | {"cpu_minima": "PyTorch static"}
     assert found["contenders"]["PyTorch static"]["same_tokens"] == 1.0
     assert "best of them: 2.00 by minima (PyTorch dynamic)" in against_peers(found)
@@ -112,8 +116,8 @@ def test_what_has_no_peer():
         training(find_recipe("lstm_demo_en_ko"), {})
     with pytest.raises(UserError, match=r"bert_tiny writes nothing"):
         writing(find_recipe("bert_tiny"), 8, Prompted())
-    with pytest.raises(UserError, match=r"en_ko: --what decode has a PyTorch peer of GPT-2 only"):
-        writing(find_recipe("transformer_demo_en_ko"), 8, Prompted(5, 4))
+    with pytest.raises(UserError, match=r"lstm_demo_en_ko: --what decode has PyTorch peers of GPT-2 and of the"):
+        writing(find_recipe("lstm_demo_en_ko"), 8, Prompted(5, 4))
     gpt = small()
     with pytest.raises(UserError, match=r"are more than model\.context"):
         writing(gpt, 8, Prompted(1000, 1000))
@@ -194,11 +198,33 @@ def test_torch_has_the_same_loss(name, length, tmp_path):
     assert theirs["parameters"] == parameter_count(params)
 
 
+def shaken(opened):
+    """Parameters by which the next token depends on those before it; as drawn, a small model repeats the last one."""
+    paths, tree = jax.tree_util.tree_flatten_with_path(opened.params)
+    keys = jax.random.split(jax.random.key(1), len(paths))
+    noisy = [
+        leaf + 0.1 * ("weight" in jax.tree_util.keystr(path)) * jax.random.normal(key, leaf.shape)
+        for (path, leaf), key in zip(paths, keys, strict=True)
+    ]
+    return replace(opened, params=jax.tree.unflatten(tree, noisy))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("torch")
-def test_torch_writes_the_same_tokens(tmp_path):
-    experiment, prompted = small_model(sized(find_recipe("gpt2_demo"), 3, 16)), Prompted(9, 7)
+@pytest.mark.parametrize(
+    ("name", "beams"), [("gpt2_demo", 0), ("transformer_demo_en_ko", 1), ("transformer_demo_en_ko", 3)]
+)
+def test_torch_writes_the_same_tokens(name, beams, tmp_path, monkeypatch):
+    experiment, prompted = small_model(sized(find_recipe(name), 3, 16)), Prompted(9, 7)
+    if beams:
+        experiment = replace(experiment, decode=replace(experiment.decode, beam=beams))
+    drawn = Opened.drawn
+    monkeypatch.setattr(Opened, "drawn", lambda experiment: shaken(drawn(experiment)))
     ours = peer_ours.writer(experiment, 3, prompted, tmp_path / "weights")
     assert np.shape(ours.facts["written"]) == (3, 7)
+    assert len(np.unique(ours.facts["written"])) > 3
+    assert ours.facts["setup"].endswith(f"beam of {beams}" if beams > 1 else "greedy")
     for variant in ("dynamic", "static"):
-        assert told(writing(experiment, 3, prompted), tmp_path, variant)["written"] == ours.facts["written"]
+        theirs = told(writing(experiment, 3, prompted), tmp_path, variant)
+        assert theirs["written"] == ours.facts["written"]
+        assert theirs["parameters"] == ours.facts["parameters"]

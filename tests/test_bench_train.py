@@ -8,20 +8,23 @@ import time
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.tiny import tiny, write_pairs
 from transformer_jax.bench import account, ceilings, report
-from transformer_jax.bench.account import RANKED, Work, roofline, settled, shares, work_of
+from transformer_jax.bench.account import RANKED, Work, check_complete, roofline, settled, shares, work_of
 from transformer_jax.bench.batches import shapes_of, sized
 from transformer_jax.bench.ceilings import Ceilings
 from transformer_jax.bench.run import Request, bench
-from transformer_jax.bench.train import Effort, bench_real, bench_train, checked
+from transformer_jax.bench.train import Effort, Watch, bench_real, bench_train, check_tokens, checked
 from transformer_jax.data.loader import read_ahead
 from transformer_jax.errors import UserError
 from transformer_jax.hardware import CHIPS
+from transformer_jax.nn.layers import Embedding
 from transformer_jax.planning import traced
+from transformer_jax.recipes import find_recipe
 
 SMALL = replace(tiny(), model=replace(tiny().model, encoder_layers=1, decoder_layers=1))
 TRAIN = sys.modules["transformer_jax.train"]  # the package has a function of this name
@@ -72,11 +75,52 @@ def test_a_step_that_does_nothing(monkeypatch):
         return state, {"loss": batch["target"].mean(), "tokens": batch["target"].size}
 
     monkeypatch.setattr(TRAIN, "train_step", nothing)
-    with pytest.raises(UserError, match=r"steps changed no parameter"):
+    with pytest.raises(UserError, match=r"steps changed no parameter of"):
         bench_train(sized(SMALL, 8, 12), replace(QUICK, warm_cache=False), FAST)
     monkeypatch.setattr(traced, "train_step", nothing)
     with pytest.raises(UserError, match=r"computes 0% of the model's matrix products.*leaves work out"):
         bench_train(sized(SMALL, 8, 12), QUICK, FAST)
+
+
+@pytest.mark.parametrize("attention", ["xla", "blockwise"])
+def test_a_model_that_leaves_out_its_output_layer(attention, monkeypatch):
+    """Whatever attends, and at lengths where masked scores would make up for it."""
+    experiment = replace(SMALL, compute=replace(SMALL.compute, attention=attention))
+    trainer = checked(sized(experiment, 8, 200))
+    assert work_of(trainer, shapes_of(trainer.experiment)).hardware > 0
+    logits = Embedding.logits
+    monkeypatch.setattr(Embedding, "logits", lambda self, x: x.sum(-1, keepdims=True) + self.table[...][:, 0])
+    with pytest.raises(UserError, match=r"computes \d\d% of the model's matrix products.*leaves work out"):
+        check_complete(trainer)
+    # Computed, but nothing is learned from it.
+    monkeypatch.setattr(Embedding, "logits", lambda self, x: jax.lax.stop_gradient(logits(self, x)))
+    with pytest.raises(UserError, match=r"leaves work out"):
+        check_complete(trainer)
+
+
+def test_experts_without_a_limit_count_the_choices():
+    """Without places there is no slack: as many products as the model has, but for causal scores."""
+    moe = find_recipe("moe_demo")
+    model = replace(moe.model, layers=1, experts=replace(moe.model.experts, capacity=0.0))
+    trainer = checked(sized(replace(moe, model=model), 8, 16))
+    work = work_of(trainer, shapes_of(trainer.experiment))
+    causal = 3 * 2 * 8 * 16 * 16 * model.width
+    assert work.hardware == work.model[RANKED] + causal
+
+
+def test_a_step_has_to_change_parameters_and_to_count_tokens():
+    trainer = checked(sized(SMALL, 8, 12))
+    state = trainer.init()
+    watch = Watch(trainer, state)
+    first, *rest = jax.tree.leaves(state.params)
+    few = jax.tree.unflatten(jax.tree.structure(state.params), [first + 1, *rest])
+    watch.see({"loss": jnp.float32(1), "tokens": jnp.float32(9)})
+    with pytest.raises(UserError, match=rf"1 steps changed 1 parameter of {1 + len(rest)}: .* leaves the update out"):
+        watch.check(replace(state, params=few))
+    watch.check(replace(state, params=jax.tree.map(lambda x: x + 1, state.params)))
+    for wrong in (0, 97):
+        with pytest.raises(UserError, match=rf"{wrong} tokens are counted on 96 positions"):
+            check_tokens(wrong, 96)
 
 
 def test_more_than_the_device_can_do():
@@ -144,7 +188,7 @@ def test_an_input_bound_loader_shows(tmp_path, monkeypatch):
         return read_ahead(plan, late, threads)
 
     def quick(state, batch):
-        params = {**state.params, "embedding": jax.tree.map(lambda x: x + 1, state.params["embedding"])}
+        params = jax.tree.map(lambda x: np.asarray(x) + 1, state.params)
         tokens = (np.asarray(batch["target"])[:, 1:] != 0).sum()
         return replace(state, params=params), {"loss": np.float32(1), "tokens": np.float32(tokens)}
 
@@ -189,6 +233,7 @@ def test_kernels_that_do_not_say_what_they_compute(monkeypatch):
     trainer = checked(sized(SMALL, 8, 12))
     shapes = shapes_of(trainer.experiment)
     assert work_of(trainer, shapes).hardware > 0
+    monkeypatch.setattr(account, "check_complete", lambda _: None)
     monkeypatch.setattr(account, "estimated", lambda _: traced.Estimate(flops=1))
     fused = replace(trainer.skeleton, compute=replace(trainer.skeleton.compute, attention="cudnn"))
     assert work_of(replace(trainer, skeleton=fused), shapes).hardware is None

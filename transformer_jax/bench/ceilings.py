@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from transformer_jax.bench.timing import Timing
 from transformer_jax.errors import UserError
 from transformer_jax.hardware import TERA, chip_of
 
@@ -75,7 +76,7 @@ def ceilings(dtype: str, given: float = 0.0) -> Ceilings:
     kind, given = jax.devices()[0].device_kind, given * TERA
     chip = chip_of(kind)
     vendor = None if chip is None else chip.peak.get(dtype)
-    if given < 0:
+    if not given >= 0:
         raise UserError(f"--peak must be positive, got {given / TERA:g} TFLOP/s.")
     if given and chip and vendor and abs(given / vendor - 1) > 0.01:
         raise UserError(
@@ -129,22 +130,24 @@ def matmul_rate(dtype: str) -> float:
     """
     n = SIDE.get(jax.default_backend(), 8192)
     a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
-    product = jax.jit(lambda x, y: x @ y)
-    return 2.0 * n**3 / _fastest(partial(product, a, b))
+    return 2.0 * n**3 / _fastest(partial(_product, a, b))
 
 
 def copy_rate() -> float:
     """Bytes/s, read and written, of the fastest pass over a large array on one device, in place."""
     size = COPIED.get(jax.default_backend(), 2**30)
-    add = jax.jit(lambda x: x + 1.0, donate_argnums=0)
     x = jnp.zeros(size // 4, jnp.float32)
 
     def run() -> jax.Array:
         nonlocal x
-        x = add(x)
+        x = _add(x)
         return x
 
     return 2.0 * size / _fastest(run)
+
+
+_product = jax.jit(jnp.matmul)
+_add = jax.jit(lambda x: x + 1.0, donate_argnums=0)
 
 
 def _fastest(run: Callable[[], object]) -> float:
@@ -154,4 +157,4 @@ def _fastest(run: Callable[[], object]) -> float:
         start = time.perf_counter()
         jax.block_until_ready(run())
         seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return min(Timing(tuple(seconds)).seconds)

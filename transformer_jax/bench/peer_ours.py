@@ -12,7 +12,7 @@ import jax
 
 from transformer_jax.bench.batches import Batch
 from transformer_jax.bench.compiled import compile_step, empty_cache
-from transformer_jax.bench.decode import Opened, Prompted, Writer
+from transformer_jax.bench.decode import Opened, Prompted, writer_of
 from transformer_jax.bench.peer_spec import write_weights
 from transformer_jax.bench.train import Watch, checked
 from transformer_jax.config import Experiment
@@ -64,25 +64,17 @@ def writer(experiment: Experiment, rows: int, prompted: Prompted, weights: Path)
     """Get ready to read prompts and to write after them; the parameters, as drawn, go to the file `weights`."""
     drawn = Opened.drawn(experiment)
     write_weights(experiment, drawn.params, weights)
-    writer = Writer(drawn.holding(prompted.weights), rows, prompted)
+    writes = writer_of(experiment, drawn.holding(prompted.weights), rows, prompted)
     written: list[list[int]] = []
 
     def write() -> None:
-        writer.prefill()
-        written[:] = writer.write().tolist()
+        written[:] = writes.read_and_write().tolist()
 
     with empty_cache():
         first = _timed(write, 1)["seconds"][0]
-    facts: dict[str, Any] = {
-        "parameters": parameter_count(drawn.skeleton.abstract),
-        "written": written,
-        "first_seconds": first,
-    }
-    device = drawn.mesh.devices.flat[0].device_kind
-    facts["tokens"] = rows * prompted.new
-    setup = f"{experiment.name}: {facts['parameters']:,} parameters on {drawn.mesh.size} x {device}, "
-    setup += f"{experiment.compute.dtype}, weights {prompted.weights}"
-    return Contender(OURS, lambda n: _timed(write, n), facts | {"setup": setup})
+    facts = {"parameters": parameter_count(drawn.skeleton.abstract), "written": written, "first_seconds": first}
+    facts |= {"tokens": rows * prompted.new, "setup": f"{drawn.describe(experiment.name, prompted)}, {writes.how}"}
+    return Contender(OURS, lambda n: _timed(write, n), facts)
 
 
 def _timed(work: Callable[[], None], n: int) -> dict[str, Any]:

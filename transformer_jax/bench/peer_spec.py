@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from transformer_jax.bench.batches import Batch
-from transformer_jax.bench.decode import Prompted, check_prompted, random_prompts
+from transformer_jax.bench.batches import RESERVED, Batch
+from transformer_jax.bench.decode import START, Prompted, check_prompted, random_prompts
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
 from transformer_jax.interop.bert import BERT
@@ -37,7 +37,7 @@ VARIANTS: dict[What, tuple[Variant, ...]] = {
 attention; of writing, with a cache that grows, one of fixed size, and that compiled."""
 
 NEEDED = {"gpt": ("torch", "safetensors"), "bert": ("torch", "transformers", "safetensors")}
-NEEDED |= dict.fromkeys(("marian", "generate"), NEEDED["bert"])
+NEEDED |= dict.fromkeys(("marian", "generate", "translate"), NEEDED["bert"])
 """What each kind of peer imports."""
 
 GPT2_BLOCK = ("learned", "layernorm", "gelu_tanh", False)
@@ -72,9 +72,8 @@ def training(experiment: Experiment, batch: Batch) -> dict[str, Any]:
             kind = {"kind": "bert", "context": model.context, "layers": model.layers, "types": model.types}
             kind |= {"norm_eps": model.norm_eps, "next_sentence": objective.next_sentence}
         case TransformerConfig(pre_norm=False) if isinstance(objective, Seq2Seq):
-            names, kind = ("source", "target"), {"kind": "marian", "bias": model.attention_bias}
-            kind |= {"encoder_layers": model.encoder_layers, "decoder_layers": model.decoder_layers}
-            kind |= {"smoothing": objective.smoothing}
+            names, kind = ("source", "target"), {"kind": "marian", **_marian(model), "smoothing": objective.smoothing}
+            kind["places"] = max(batch[side].shape[1] for side in names)
         case _:
             raise UserError(
                 f"{experiment.name}: there are PyTorch peers of GPT-2, of BERT's pre-training and of the (post-LN) "
@@ -96,22 +95,31 @@ def training(experiment: Experiment, batch: Batch) -> dict[str, Any]:
 
 
 def writing(experiment: Experiment, rows: int, prompted: Prompted) -> dict[str, Any]:
-    """Say what transformers' `generate` shall write, after which prompts.
+    """Say what transformers' `generate` shall write, after which prompts or sentences.
 
     Raises:
-        UserError: a model that is no GPT-2, or more tokens than its context.
+        UserError: a model that is no GPT-2 and no (post-LN) Transformer, or more tokens than its context.
     """
     model = experiment.model
     check_prompted(experiment, prompted)
-    if not (isinstance(model, GPTConfig) and _is_gpt2(model) and model.bias):
-        raise UserError(f"{experiment.name}: --what decode has a PyTorch peer of GPT-2 only.")
+    kind: dict[str, Any]
+    match model:
+        case GPTConfig() if _is_gpt2(model) and model.bias:
+            kind, least = {"kind": "generate", **_gpt2(model)}, 0
+        case TransformerConfig(pre_norm=False):
+            kind, least = {"kind": "translate", **_marian(model), "dropout": 0.0}, RESERVED
+            kind |= {"places": max(prompted.prompt, prompted.new + 1), "beams": experiment.decode.beam}
+            kind |= {"start": START, "length_penalty": experiment.decode.length_penalty}
+        case _:
+            raise UserError(
+                f"{experiment.name}: --what decode has PyTorch peers of GPT-2 and of the (post-LN) Transformer only."
+            )
     return {
-        **_gpt2(model),
+        **kind,
         **_sizes(model),
-        "kind": "generate",
         "dtype": experiment.compute.dtype,
         "device": jax.default_backend(),
-        "prompts": random_prompts(model.vocab_size, rows, prompted),
+        "prompts": random_prompts(model.vocab_size, rows, prompted, least),
         "new": prompted.new,
     }
 
@@ -146,6 +154,11 @@ def _is_gpt2(model: GPTConfig) -> bool:
 
 def _gpt2(model: GPTConfig) -> dict[str, Any]:
     return {"context": model.context, "layers": model.layers, "norm_eps": model.norm_eps, "bias": model.bias}
+
+
+def _marian(model: TransformerConfig) -> dict[str, Any]:
+    layers = {"encoder_layers": model.encoder_layers, "decoder_layers": model.decoder_layers}
+    return {**layers, "bias": model.attention_bias}
 
 
 def _sizes(model: Any) -> dict[str, Any]:

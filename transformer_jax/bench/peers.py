@@ -6,6 +6,7 @@ any time is taken they must agree on the loss, or have written the same tokens w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -79,11 +80,6 @@ def bench_peers(
         weights = Path(folder) / "weights.safetensors"
         try:
             contenders = [ours(weights)]
-        except jax.errors.JaxRuntimeError as error:
-            if not exhausted(error):
-                raise
-            raise UserError(f"{rows} rows do not fit in memory; give a smaller --batch.") from error
-        try:
             for variant in variants:
                 say(f"starting PyTorch, {variant}")
                 child = _start(python, spec | {"variant": variant, "weights": str(weights)}, log)
@@ -98,6 +94,11 @@ def bench_peers(
             if len(contenders) == 1:
                 raise UserError(f"no peer could be run: {'; '.join(failed.values())}.")
             times, cpu = _by_turns(contenders, budget)
+        except jax.errors.JaxRuntimeError as error:
+            if not exhausted(error):
+                raise
+            beside = " beside PyTorch" if children else ""
+            raise UserError(f"{rows} rows do not fit in memory{beside}; give a smaller --batch.") from error
         finally:
             for child in children:
                 child.kill()
@@ -186,8 +187,9 @@ def _start(python: str, spec: dict[str, Any], log: IO[str]) -> subprocess.Popen[
         env=environment,
     )
     assert child.stdin is not None
-    child.stdin.write(json.dumps(spec) + "\n")
-    child.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # it has died; the answer that does not come will tell
+        child.stdin.write(json.dumps(spec) + "\n")
+        child.stdin.flush()
     return child
 
 
@@ -202,16 +204,22 @@ def _contender(name: str, child: subprocess.Popen[str]) -> Contender | None:
         return None
 
     def take(n: int) -> dict[str, Any]:
-        ask.write(f"{n}\n")
-        ask.flush()
-        told = answer.readline()
+        told = ""
+        with contextlib.suppress(BrokenPipeError):
+            ask.write(f"{n}\n")
+            ask.flush()
+            told = answer.readline()
         if not told:
             raise UserError(f"{name} ended in the middle of a run: out of memory?")
         found: dict[str, Any] = json.loads(told)
         return found
 
     facts = json.loads(line)
-    take(TURN)
+    try:
+        take(TURN)
+    except UserError:
+        child.wait()
+        return None
     return Contender(name, take, facts)
 
 

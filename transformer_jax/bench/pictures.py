@@ -56,16 +56,16 @@ def _roofline(points: list[dict[str, Any]], path: Path) -> None:
     y = [x[i] * p["roofline"]["bytes"] / p["step_seconds"]["median"] for i, p in enumerate(points)]
     ridge = limits["matmul"] / limits["copy"]
     span = np.geomspace(min(*x, ridge) / 4, max(*x, ridge) * 4, 200)
-    figure = Figure(figsize=(7.0, 4.0), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(9.0, 4.0), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(span, np.minimum(span * limits["copy"], limits["matmul"]), color="#333333", label="roof, as measured")
-    for point, a, b in zip(points, x, y, strict=True):
+    for i, point in enumerate(points):
         name = f"{point['variant']} {point['rows']} x {point['length']}".strip()
-        axes.plot(a, b, "o", markersize=6, label=name)
+        axes.plot(x[i], y[i], "os^Dv"[i // 10 % 5], markersize=6, label=name)  # there are ten colours
     axes.set(xscale="log", yscale="log", xlabel="FLOP/byte", ylabel="FLOP/s of a device")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path)

@@ -111,10 +111,13 @@ def _train(point: dict[str, Any]) -> Iterator[tuple[str, str]]:
         device = memory["device_peak"]
         said = "" if device is None else f"; {device / GIB:.2f} GiB by the device, of {memory['device_peak_is_of']}"
         yield "memory", f"{memory['compiler'] / GIB:.2f} GiB by the compiler{said}"
+    filled = ", padding counted" if point.get("padding") else ""
     for name, share in point["mfu"].items():
-        yield f"MFU{'' if name != point['ranked_by'] else ' *'}", f"{_share(share)} by {name}"
-    if "hfu" in point:
-        yield "HFU", f"{_share(point['hfu'])}: what the program multiplies, recomputed and masked parts included"
+        yield f"MFU{'' if name != point['ranked_by'] else ' *'}", f"{_share(share)} by {name}{filled}"
+    if "roofline" in point:
+        multiplied = "what the program multiplies, recomputed and masked parts included"
+        unknown = "n/a: the attention kernel does not say what it multiplies"
+        yield "HFU", unknown if point["hfu"] is None else f"{_share(point['hfu'])}: {multiplied}"
     yield "of a product", f"{point['share_of_matmul_rate']:.1%} of the rate of a matrix product"
     if roof := point.get("roofline"):
         cached = " (so part of it stays in caches)" if roof["in_cache"] else ""
@@ -142,7 +145,7 @@ def _decode(point: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _data(point: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "data", point["data"]
+    yield "data", point["data"].removeprefix("data: ")
     where = "all cores" if point["core"] is None else "one core"
     yield "loader", f"{point['examples_per_second']:,.0f} examples/s on {where}, {point['threads']} threads"
     padded = point["tokens_per_second_padded"]

@@ -61,8 +61,12 @@ def bench(variants: Sequence[tuple[str, Experiment]], request: Request) -> dict[
     Raises:
         UserError: bad input, or a figure that cannot be.
     """
-    if request.effort.budget <= 0 or not 0 < request.effort.width < 1:
+    if not request.effort.budget > 0 or not 0 < request.effort.width < 1:
         raise UserError("--budget must be positive, and --width a share between 0 and 1.")
+    if not request.tokens_per_second >= 0:
+        raise UserError(f"--tokens-per-second must be positive, got {request.tokens_per_second:g}.")
+    if request.what == "decode" and request.length:
+        raise UserError("--length is of training; --what decode reads --prompt tokens and writes --new.")
     experiments = [
         (name, sized(experiment, rows, length))
         for name, experiment in variants
@@ -78,7 +82,8 @@ def bench(variants: Sequence[tuple[str, Experiment]], request: Request) -> dict[
     points = []
     for name, experiment in experiments:
         shapes = shapes_of(experiment)
-        say(f"{experiment.name}{name and f' ({name})'}: {rows_of(shapes)} rows of {length_of(shapes)} tokens")
+        length = request.prompted.prompt if request.what == "decode" else length_of(shapes)
+        say(f"{experiment.name}{name and f' ({name})'}: {rows_of(shapes)} rows of {length} tokens")
         limits = (
             limits if limits.dtype == experiment.compute.dtype else ceilings(experiment.compute.dtype, request.peak)
         )
@@ -88,8 +93,7 @@ def bench(variants: Sequence[tuple[str, Experiment]], request: Request) -> dict[
         "experiment": variants[0][1].name,
         "disturbed": disturbed,
         "points": points,
-        "request": {"batch": request.batch, "length": request.length, "real_data": request.real_data}
-        | asdict(request.effort),
+        "request": asdict(request),
         "config": json.loads(variants[0][1].to_json()),
         "provenance": provenance(),
     }

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from transformer_jax.errors import UserError
+
 FEWEST = 3
 """Repeats that are made whatever they cost."""
 MOST = 500
@@ -17,9 +19,18 @@ MOST = 500
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each repeat, in order."""
+    """Seconds of each repeat, in order.
+
+    Raises:
+        UserError: one took no time, or less.
+    """
 
     seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """A clock that stands still or goes back measures nothing."""
+        if min(self.seconds) <= 0:
+            raise UserError(f"a repeat took {min(self.seconds):.3g} s: the clock is wrong, no figure is given.")
 
     @property
     def median(self) -> float:

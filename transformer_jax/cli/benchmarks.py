@@ -99,8 +99,8 @@ class PeersOptions:
     """Do the same work here and in PyTorch, in one run on one device, turn by turn, and print ratios.
 
     Training has peers of GPT-2 (a decoder like nanoGPT's), of BERT's pre-training and of the Transformer (BERT and
-    Marian of transformers); writing has that of transformers' GPT-2. All begin with our parameters, and must agree on
-    the loss. They run in a process of their own, so PyTorch may be installed elsewhere.
+    Marian of transformers); writing has transformers' `generate` of GPT-2 and of Marian. All begin with our parameters,
+    and must agree on the loss or the text. They run in a process of their own, so PyTorch may be installed elsewhere.
     """
 
     experiment: Tree

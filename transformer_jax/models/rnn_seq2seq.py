@@ -109,13 +109,17 @@ class RNNSeq2SeqConfig(ModelConfig):
         return RNNSeq2Seq(key, self, compute)
 
     def forward_flops(self, batch: Mapping[str, tuple[int, ...]]) -> int:
-        """FLOPs to read "source" [B, S] and write "target" [B, T + 1]; first states, once a sentence, are left out."""
+        """FLOPs to read "source" [B, S] and write "target" [B, T + 1].
+
+        What is multiplied once a sentence is left out, but for the context that is fed to every step: it is added up
+        there, and multiplied once.
+        """
         rows, s = batch["source"]
         h, m, t = self.width, self.memory_width, batch["target"][1] - 1
         gates = CELLS[self.cell].gates * h
         encoder = sum(s * 2 * gates * (i + h) for i in [self.embedding, *[m] * (self.encoder_layers - 1)])
         decoder = sum(t * 2 * gates * (i + h) for i in [self.embedding, *[h] * (self.decoder_layers - 1)])
-        decoder += t * 2 * gates * self.fed_width
+        decoder += (1 if self.feed_context else t) * 2 * gates * self.fed_width
         if self.attention != "none":
             decoder += 2 * t * s * (h + m)
         if self.attention in ("additive", "general"):

@@ -116,6 +116,9 @@ class _Reader:
             return turns * _inside(operation.parameters["jaxpr"]) // self._parts(operation)
         if operation.name == "cond":
             return max(_inside(branch.jaxpr) for branch in operation.parameters["branches"])
+        if operation.name == "ragged_dot_general":  # each row of the first meets the matrix of its run
+            first, made = operation.inputs[0], operation.outputs[0]
+            return 2 * math.prod(first.shape) * made.shape[-1] // self._parts(operation)
         if operation.name != "dot_general":
             return 0
         (summed, _), _ = operation.parameters["dimension_numbers"]

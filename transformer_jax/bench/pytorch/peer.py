@@ -123,7 +123,7 @@ class Marian(nn.Module):
         super().__init__()
         from transformers import MarianConfig, MarianMTModel  # noqa: PLC0415
 
-        places = max(len(spec["batch"][side][0]) for side in ("source", "target"))
+        places = spec["places"]
         config = MarianConfig(
             vocab_size=spec["vocab_size"],
             d_model=spec["width"],
@@ -138,12 +138,11 @@ class Marian(nn.Module):
             max_position_embeddings=places,
             scale_embedding=True,
             pad_token_id=0,
-            eos_token_id=1,
+            eos_token_id=None,
             forced_eos_token_id=None,
-            decoder_start_token_id=2,
             attn_implementation="sdpa",
         )
-        self.model, self.smoothing = MarianMTModel(config), spec["smoothing"]
+        self.model, self.smoothing = MarianMTModel(config), spec.get("smoothing")
         rates = 10_000.0 ** (-torch.arange(0, spec["width"], 2) / spec["width"])
         angles = torch.arange(places)[:, None] * rates
         for side in (self.model.model.encoder, self.model.model.decoder):
@@ -207,9 +206,9 @@ def trainer(spec: Spec, device: Any) -> tuple[Callable[[], Any], Facts]:
     return step, {"parameters": sum(parameter.numel() for parameter in trained), "loss": loss}
 
 
-def writer(spec: Spec, device: Any) -> tuple[Callable[[], Any], Facts]:
-    """Build GPT-2; return what reads the prompts and writes after them, greedily, and the tokens that it writes."""
-    from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel  # noqa: PLC0415
+def gpt2(spec: Spec) -> tuple[Any, Facts]:
+    """Build GPT-2 of the transformers library, and say how it continues prompts: greedily."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415
 
     config = GPT2Config(
         vocab_size=spec["vocab_size"],
@@ -224,12 +223,29 @@ def writer(spec: Spec, device: Any) -> tuple[Callable[[], Any], Facts]:
         pad_token_id=0,
         attn_implementation="sdpa",
     )
-    model: Any = GPT2LMHeadModel(config).eval()
+    model: Any = GPT2LMHeadModel(config)
     fill(model, {f"transformer.{name}": tensor for name, tensor in load_file(spec["weights"]).items()})
-    model = model.to(device, getattr(torch, spec["dtype"]))
+    return model, {}
+
+
+def marian(spec: Spec) -> tuple[Any, Facts]:
+    """Build Marian, and say how it searches; like ours it writes neither padding nor the start."""
+    start = spec["start"]
+    options = {"num_beams": spec["beams"], "decoder_start_token_id": start, "suppress_tokens": [0, start]}
+    return Marian(spec, load_file(spec["weights"])).model, options | {"length_penalty": spec["length_penalty"]}
+
+
+WRITERS: dict[str, Any] = {"generate": gpt2, "translate": marian}
+
+
+def writer(spec: Spec, device: Any) -> tuple[Callable[[], Any], Facts]:
+    """Build a model; return what reads the prompts and writes after them, and the tokens that it writes."""
+    from transformers import CompileConfig  # noqa: PLC0415
+
+    model, options = WRITERS[spec["kind"]](spec)
+    model = model.eval().to(device, getattr(torch, spec["dtype"]))
     prompts = torch.tensor(spec["prompts"], device=device)
-    options: dict[str, Any] = {"max_new_tokens": spec["new"], "do_sample": False}
-    options |= {"attention_mask": torch.ones_like(prompts)}
+    options |= {"max_new_tokens": spec["new"], "do_sample": False, "attention_mask": torch.ones_like(prompts)}
     if spec["variant"] != "dynamic":
         options |= {"cache_implementation": "static", "disable_compile": spec["variant"] == "static"}
     if spec["variant"] == "static-compile":
@@ -239,9 +255,10 @@ def writer(spec: Spec, device: Any) -> tuple[Callable[[], Any], Facts]:
 
     def write() -> list[list[int]]:
         with torch.inference_mode():
-            return model.generate(prompts, **options)[:, prompts.shape[1] :].tolist()
+            return model.generate(prompts, **options)[:, -spec["new"] :].tolist()
 
-    return write, {"parameters": sum(parameter.numel() for parameter in model.parameters()), "written": write()}
+    trained = (parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return write, {"parameters": sum(trained), "written": write()}
 
 
 @contextlib.contextmanager
@@ -262,7 +279,7 @@ def main() -> None:
     device = torch.device("cuda" if spec["device"] == "gpu" else "cpu")
     torch.manual_seed(0)
     start = time.perf_counter()
-    work, facts = (writer if spec["kind"] == "generate" else trainer)(spec, device)
+    work, facts = (writer if spec["kind"] in WRITERS else trainer)(spec, device)
     work()
     facts |= {"first_seconds": time.perf_counter() - start}
     facts |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
