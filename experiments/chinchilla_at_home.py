@@ -85,14 +85,14 @@ def _gpu() -> _Scale:
     model = GPTConfig(vocab_size=4096, context=512, width=256, layers=8, heads=4)
     data = PackedText("lm1b", context=512, batch_rows=128, validation_rows=512)
     base = replace(_base("gpu", model, data, peak=4e-3, warmup=100), compute=ComputeConfig(dtype="bfloat16"))
-    return _Scale(base, (128, 192, 256, 384, 512, 768), (1e15, 3e15, 1e16), (640, 1e17))
+    return _Scale(base, (64, 128, 192, 256, 384, 512, 768), (1e15, 3e15, 1e16), (640, 1e17))
 
 
 def _tpu() -> _Scale:
     model = GPTConfig(vocab_size=32_768, context=1024, width=512, layers=12, heads=8)
     data = PackedText("c4/en", context=1024, batch_rows=256, rows_multiple=16, validation_rows=1024)
     base = replace(_base("tpu", model, data, peak=2e-3, warmup=200), compute=ComputeConfig(dtype="bfloat16"))
-    return _Scale(base, (256, 384, 512, 768, 1024, 1536), (1e18, 3e18, 1e19), (1536, 1e20))
+    return _Scale(base, (256, 384, 512, 768, 1024, 1536, 2048), (1e18, 3e18, 1e19), (1536, 1e20))
 
 
 def chinchilla_at_home() -> list[Experiment]:
@@ -116,7 +116,7 @@ def chinchilla_at_home_small_larger() -> Experiment:
 
 
 def chinchilla_at_home_gpu() -> list[Experiment]:
-    """IsoFLOP grid of decoders of 2M to 60M parameters on lm1b, budgets of 1e15 to 1e16, for one H100."""
+    """IsoFLOP grid of decoders of 0.7M to 60M parameters on lm1b, budgets of 1e15 to 1e16, for one H100."""
     return _gpu().grid()
 
 
@@ -126,7 +126,7 @@ def chinchilla_at_home_gpu_larger() -> Experiment:
 
 
 def chinchilla_at_home_tpu() -> list[Experiment]:
-    """IsoFLOP grid of decoders of 18M to 390M parameters on C4, budgets of 1e18 to 1e19, for a v5e-16."""
+    """IsoFLOP grid of decoders of 18M to 671M parameters on C4, budgets of 1e18 to 1e19, for a v5e-16."""
     return _tpu().grid()
 
 

@@ -29,7 +29,7 @@ from transformer_jax.scaling.isoflop import IsoFlops, along_curves
 from transformer_jax.scaling.plots import COLORS, INK, log_axis, panels
 from transformer_jax.scaling.runs import DONE, Points
 
-BUDGETS, WIDTH, NEAR, RESAMPLES = 8, 1.25, 2, 4000
+BUDGETS, WIDTH, NEAR, RESAMPLES = 12, 1.25, 2, 4000
 """Values of C at which curves are read; factor in C within which they are one; sizes beside the best; resamples."""
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from experiments.chinchilla_at_home import BUNDLED, FOUR_EPOCHS
+from experiments.chinchilla_at_home import BUNDLED
 from transformer_jax.config import ComputeConfig, Experiment, OptimConfig, ScheduleConfig, TrainConfig
 from transformer_jax.data.packed import PackedText
 from transformer_jax.models.gpt import GPTConfig
@@ -14,9 +14,11 @@ from transformer_jax.objectives import CausalLM
 from transformer_jax.sweep.counts import counts
 
 EVALUATIONS = 30
-"""Points of a curve."""
+"""Points of a curve; of a run that ends with its schedule only the end counts."""
 FEWEST_STEPS = 20
 """A run of fewer is left out."""
+PIECES, FOUR_EPOCHS = 1024, 3.4e6
+"""Vocabulary of the runs on bundled text, and the tokens that four epochs of it then have."""
 
 
 @dataclass(frozen=True)
@@ -79,21 +81,32 @@ class _Scale:
         assert isinstance(model, GPTConfig)
         return replace(self.base, model=replace(model, width=width, heads=width // model.block.size))
 
+    def steps(self, run: Experiment, budget: float) -> int:
+        """Return the steps to a budget, or to the end of the text."""
+        return round(min(budget / (6 * _parameters(run)), self.most_tokens) / _tokens(run))
+
     def run(self, rung: Rung, width: int, budget: float, name: str, tuned: Tuned | None = None) -> Experiment | None:
-        """Return a run that ends at a budget; None if that is too short, or takes more text than there is."""
+        """Return a run that ends at a budget; None if that is too short.
+
+        Where the text ends before the budget, so does a run of which the curve is read; one that has to end at its
+        budget is None.
+        """
         run = self.sized(width)
         if rung.tuned:
             run = with_tuned(run, tuned or self.tuned(width))
-        steps, longest = _steps(run, budget), max(_steps(self.sized(w), self.budgets[-1]) for w in self.widths)
-        if steps < FEWEST_STEPS or steps * _tokens(run) > self.most_tokens:
+        steps = self.steps(run, budget)
+        reaches = budget / (6 * _parameters(run)) <= self.most_tokens
+        if steps < FEWEST_STEPS or (rung.matched_decay and not reaches):
             return None
         plan = run.optim.schedule
         if rung.short_warmup:
             plan = replace(plan, warmup=max(round(_parameters(run) / _tokens(run)), 1))
-        plan = replace(
-            plan, steps=steps if rung.matched_decay else longest, kind="constant" if rung.tuned else "cosine"
-        )
-        train = replace(run.train, steps=steps, eval_every=max(steps // EVALUATIONS, 1), save_every=steps)
+        if rung.matched_decay or rung.tuned:
+            plan = replace(plan, steps=steps, kind="constant" if rung.tuned else "cosine")
+        else:
+            plan = replace(plan, steps=max(self.steps(self.sized(w), self.budgets[-1]) for w in self.widths))
+        every = steps if rung.matched_decay else max(steps // EVALUATIONS, 1)
+        train = replace(run.train, steps=steps, eval_every=every, save_every=steps)
         return replace(run, name=name, optim=replace(run.optim, schedule=plan), train=train)
 
     def runs(self) -> list[Experiment]:
@@ -101,8 +114,12 @@ class _Scale:
         plan: list[Experiment | None] = []
         for rung in (KAPLAN, WARMUP, DECAY, TUNED):
             for width in self.widths:
-                for budget in self.budgets if rung.matched_decay else self.budgets[-1:]:
-                    plan.append(self.run(rung, width, budget, f"{rung.runs}-w{width}-c{budget:.3g}".replace("+", "")))
+                name = f"{rung.runs}-w{width}"
+                if rung.matched_decay:
+                    for budget in self.budgets:
+                        plan.append(self.run(rung, width, budget, f"{name}-c{budget:.3g}".replace("+", "")))
+                else:
+                    plan.append(self.run(rung, width, self.budgets[-1], name))
         return [run for run in plan if run is not None]
 
     def rates(self, widths: Sequence[int], grid: Sequence[Tuned], share: float) -> list[Experiment]:
@@ -112,7 +129,7 @@ class _Scale:
             for one in grid:
                 name = f"rates-w{width}-lr{one.peak:.2g}-rows{one.rows}-b2{one.b2:g}"
                 plan.append(self.run(TUNED, width, share * self.budgets[-1], name, one))
-        return [run for run in plan if run is not None]
+        return [replace(run, train=replace(run.train, eval_every=run.train.steps)) for run in plan if run is not None]
 
 
 def with_tuned(run: Experiment, tuned: Tuned) -> Experiment:
@@ -138,10 +155,6 @@ def _tokens(run: Experiment) -> int:
     return counts(run).batch
 
 
-def _steps(run: Experiment, budget: float) -> int:
-    return round(budget / (6 * _parameters(run) * _tokens(run)))
-
-
 def _base(model: GPTConfig, data: PackedText, peak: float, warmup: int) -> Experiment:
     model = replace(model, positions="rope", norm="rmsnorm", bias=False)
     optim = OptimConfig(
@@ -150,38 +163,42 @@ def _base(model: GPTConfig, data: PackedText, peak: float, warmup: int) -> Exper
     return Experiment("", model, CausalLM(), data, optim, TrainConfig(keep=1))
 
 
-def _characters(rows: int, validation_rows: int, warmup: int) -> Experiment:
-    # Standard parametrisation, as in the paper: with muP, one rate would suit all widths from the start.
-    model = GPTConfig(vocab_size=160, context=128, width=32, layers=3, heads=4, init_std=0.1)
+def _bundled(rows: int, validation_rows: int, warmup: int) -> Experiment:
+    # A vocabulary of pieces, so that the head is three quarters of the smallest model and a third of the largest, as
+    # in the paper: of characters, it is too small for its count to matter. And the standard parametrisation: with muP,
+    # one rate would suit all widths from the start.
+    model = GPTConfig(vocab_size=PIECES, context=128, width=32, layers=3, heads=8, init_std=0.1)
+    multiple = math.gcd(rows, 8)
     data = PackedText(
-        BUNDLED, tokenizer="characters", context=128, batch_rows=rows, validation_rows=validation_rows, threads=1
+        BUNDLED, context=128, batch_rows=rows, rows_multiple=multiple, validation_rows=validation_rows, threads=1
     )
     return _base(model, data, peak=4e-3, warmup=warmup)
 
 
 def _home() -> _Scale:
     return _Scale(
-        _characters(rows=16, validation_rows=96, warmup=200),
-        (16, 24, 32, 48, 64, 96),
+        # A warm-up of 614,400 tokens: longer than the best run of the smallest budget, a part of that of the largest.
+        _bundled(rows=16, validation_rows=96, warmup=300),
+        (8, 12, 16, 24, 32, 48, 64),
         (4e10, 1.2e11, 4e11),
         # As the transfer of rates has it: 0.032 at width 32, 0.004 at 128; less for runs that do not decay.
-        lambda width: Tuned(peak=1.2e-2 * (32 / width), rows=8 if width < 64 else 16, b2=0.99),
+        lambda width: Tuned(peak=1.2e-2 * (32 / width), rows=4 if width < 32 else 8, b2=0.99),
         FOUR_EPOCHS,
     )
 
 
 def _smoke() -> _Scale:
-    base = _characters(rows=8, validation_rows=32, warmup=30)
-    return replace(_home(), base=base, widths=(8, 16, 24, 32), budgets=(1e9, 2e9, 4e9))
+    base = _bundled(rows=4, validation_rows=32, warmup=30)
+    return replace(_home(), base=base, widths=(8, 12, 16, 24), budgets=(2e9, 4e9, 8e9))
 
 
 def _gpu() -> _Scale:
-    model = GPTConfig(vocab_size=8192, context=512, width=256, layers=8, heads=4)
+    model = GPTConfig(vocab_size=8192, context=512, width=256, layers=8, heads=8)
     data = PackedText("lm1b", context=512, batch_rows=256, validation_rows=256)
     base = replace(_base(model, data, peak=3e-3, warmup=600), compute=ComputeConfig(dtype="bfloat16"))
     return _Scale(
         base,
-        (128, 192, 256, 384, 512, 768),
+        (64, 96, 128, 192, 256, 384, 512),
         (1e15, 3e15, 1e16),
         lambda width: Tuned(peak=4e-3 * (256 / width) ** 0.5, rows=64 if width < 384 else 128, b2=0.99),
     )
@@ -193,46 +210,51 @@ def _tpu() -> _Scale:
     base = replace(_base(model, data, peak=3e-3, warmup=3000), compute=ComputeConfig(dtype="bfloat16"))
     return _Scale(
         base,
-        (256, 384, 512, 768, 1024, 1536),
+        (384, 512, 768, 1024, 1536, 2048),
         (1e18, 3e18, 1e19),
         lambda width: Tuned(peak=3e-3 * (512 / width) ** 0.5, rows=128 if width < 768 else 256, b2=0.99),
     )
 
 
 def _grid(peaks: Sequence[float], rows: Sequence[int]) -> list[Tuned]:
-    return [Tuned(peak, count, b2) for peak in peaks for count in rows for b2 in (0.95, 0.99)]
+    # The paper found beta2 to matter where batches are small.
+    pairs = [(count, b2) for count in rows for b2 in ((0.95,) if count == max(rows) else (0.95, 0.99))]
+    return [Tuned(peak, count, b2) for peak in peaks for count, b2 in pairs]
 
 
 def porian_ladder() -> list[Experiment]:
-    """Kaplan's exponent to Chinchilla's in five rungs: decoders of 12k to 350k parameters, to 4e11 FLOPs, for a CPU."""
+    """Kaplan's exponent to Chinchilla's in five rungs: decoders of 11k to 213k parameters, to 4e11 FLOPs, for a CPU."""
     return _home().runs()
 
 
 def porian_ladder_smoke() -> list[Experiment]:
-    """The same runs at a hundredth of the FLOPs: they show that the chain works, and no exponent."""
+    """The same runs at a fiftieth of the FLOPs: they show that the chain works, and no exponent."""
     return _smoke().runs()
+
+
+# Rates are tried at sizes of which a run at 0.3 of the last budget is several times as long as its warm-up.
 
 
 def porian_ladder_rates() -> list[Experiment]:
     """Rate, batch and beta2 at two sizes of `porian_ladder`, from which its tuned rung takes them."""
-    return _home().rates((24, 64), _grid((4e-3, 1e-2, 2.5e-2), (8, 16)), 0.3)
+    return _home().rates((12, 32), _grid((4e-3, 1e-2, 2.5e-2), (4, 16)), 0.3)
 
 
 def porian_ladder_gpu() -> list[Experiment]:
-    """The ladder with decoders of 3 to 63 million parameters on lm1b, to 1e16 FLOPs, for one H100."""
+    """The ladder with decoders of 0.9 to 29 million parameters on lm1b, to 1e16 FLOPs, for one H100."""
     return _gpu().runs()
 
 
 def porian_ladder_gpu_rates() -> list[Experiment]:
     """Rate, batch and beta2 at two sizes of `porian_ladder_gpu`."""
-    return _gpu().rates((192, 512), _grid((1e-3, 3e-3, 1e-2), (64, 128)), 0.3)
+    return _gpu().rates((96, 256), _grid((1e-3, 3e-3, 1e-2), (64, 256)), 0.3)
 
 
 def porian_ladder_tpu() -> list[Experiment]:
-    """The ladder with decoders of 18 to 390 million parameters on C4, to 1e19 FLOPs, for a v5e-16."""
+    """The ladder with decoders of 34 to 671 million parameters on C4, to 1e19 FLOPs, for a v5e-16."""
     return _tpu().runs()
 
 
 def porian_ladder_tpu_rates() -> list[Experiment]:
     """Rate, batch and beta2 at two sizes of `porian_ladder_tpu`."""
-    return _tpu().rates((384, 1024), _grid((1e-3, 3e-3, 1e-2), (128, 256)), 0.3)
+    return _tpu().rates((384, 1024), _grid((1e-3, 3e-3, 1e-2), (128, 512)), 0.3)

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from experiments import porian_ladder as analysis
-from experiments.porian_plans import DECAY, HEAD, KAPLAN, LADDER, TUNED, WARMUP, porian_ladder, porian_ladder_rates
+from experiments.porian_plans import (
+    DECAY,
+    FOUR_EPOCHS,
+    HEAD,
+    KAPLAN,
+    LADDER,
+    TUNED,
+    WARMUP,
+    porian_ladder,
+    porian_ladder_gpu,
+    porian_ladder_gpu_rates,
+    porian_ladder_rates,
+    porian_ladder_tpu,
+    porian_ladder_tpu_rates,
+)
 from tests.surface import SURFACES
 from transformer_jax.config import differences
 from transformer_jax.errors import UserError
@@ -23,9 +38,9 @@ LAW, THETA = SURFACES["A3"]
 EXPONENT = float(frontier(LAW, THETA[None]).a[0])
 
 
-def changed(before: str, after: str, budget: str = "c4e11") -> set[str]:
-    runs = {run.name: run for run in porian_ladder()}
-    lines = differences(runs[f"{before}-w32-{budget}"], runs[f"{after}-w32-{budget}"])
+def changed(before: str, after: str) -> set[str]:
+    runs = {run.name.removesuffix("-c4e11"): run for run in porian_ladder()}
+    lines = differences(runs[f"{before}-w32"], runs[f"{after}-w32"])
     return {line.partition(":")[0] for line in lines}
 
 
@@ -33,7 +48,8 @@ def changed(before: str, after: str, budget: str = "c4e11") -> set[str]:
     ("before", "after", "fields"),
     [
         ("kaplan", "warmup", {"name", "optim.schedule.warmup"}),
-        ("warmup", "decay", {"name", "optim.schedule.steps"}),
+        # Of a run that ends with its schedule only the end counts.
+        ("warmup", "decay", {"name", "optim.schedule.steps", "train.eval_every"}),
         (
             "decay",
             "tuned",
@@ -54,23 +70,39 @@ def test_counting_the_head_changes_no_run():
     assert replace(HEAD, head=False, published=KAPLAN.published) == KAPLAN
 
 
-def test_runs_end_at_their_budgets_and_warm_up_as_long_as_they_are_large():
+def test_runs_end_at_their_budgets_or_with_the_text_and_warm_up_as_long_as_they_are_large():
     runs = porian_ladder()
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
         found = counts(run)
         N = found.N_non_embedding + found.N_head
         assert found.N == N  # one table for input and output
-        budget = float(run.name.rpartition("-c")[2].replace("e", "e+"))
-        assert abs(6 * N * found.D / budget - 1) < 0.5 / run.train.steps
+        budget = float(run.name.partition("-c")[2].replace("e", "e+") or 4e11)
+        D = min(budget / (6 * N), FOUR_EPOCHS if run.name.count("-") == 1 else math.inf)
+        assert abs(found.D / D - 1) <= 0.5 / run.train.steps * 1.01
+        assert FOUR_EPOCHS + found.batch / 2 >= found.D
         warmup = run.optim.schedule.warmup * found.batch
         if run.name.startswith("kaplan"):
-            assert warmup == 200 * 2048
+            assert warmup == 300 * 2048
         else:
             assert abs(warmup - N) <= found.batch / 2
     long = {run.optim.schedule.steps for run in runs if run.name.startswith(("kaplan", "warmup"))}
     assert long == {max(run.train.steps for run in runs if run.name.startswith("kaplan"))}
     assert {run.optim.schedule.kind for run in runs if run.name.startswith("tuned")} == {"constant"}
+
+
+@pytest.mark.parametrize("plan", [porian_ladder, porian_ladder_gpu, porian_ladder_tpu])
+def test_the_head_weighs_less_the_larger_the_model(plan):
+    """Else its count could not change the exponent: d log(N without it) / d log N is 1 + the least slope asked here."""
+    found = [counts(run) for run in plan() if run.name.startswith("kaplan")]
+    log_N, log_share = (np.log([f(c) for c in found]) for f in (lambda c: c.N, lambda c: c.N_non_embedding / c.N))
+    assert np.polyfit(log_N, log_share, 1)[0] > 0.1
+
+
+@pytest.mark.parametrize("plan", [porian_ladder_rates, porian_ladder_gpu_rates, porian_ladder_tpu_rates])
+def test_a_run_that_tries_a_rate_reaches_it_early(plan):
+    for run in plan():
+        assert run.optim.schedule.warmup <= 0.26 * run.train.steps
 
 
 def test_the_rates_are_those_of_the_tuned_rung():

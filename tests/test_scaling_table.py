@@ -64,6 +64,7 @@ def test_every_format_reads_back_what_was_written(tmp_path, suffix):
         ("1e9", 1e9),
         ("2_048", 2048),
         ("1,024", 1024),
+        ("1,234,567.5", 1234567.5),
         (" 5.5 k", 5500),
         (7, 7),
         (".5", 0.5),
@@ -73,7 +74,8 @@ def test_numbers_as_people_write_them(cell, value):
     assert number(cell) == value
 
 
-@pytest.mark.parametrize("cell", ["", "nan", "OOM", None, "1.2.3", "B"])
+# "3,21" is a loss with a decimal comma, not 321.
+@pytest.mark.parametrize("cell", ["", "nan", "OOM", None, "1.2.3", "B", "3,21", "1,23,456", "12%"])
 def test_what_is_no_number(cell):
     assert np.isnan(number(cell))
 
@@ -148,7 +150,7 @@ def test_other_counts_of_the_parameters_follow_the_rows(table):
         ("n,d,loss,set\n1,2,3,a_b\n", {"where": ("set=a-b",)}, ["keeps no row", "Did you mean 'a_b'?"]),
         ("n,d,loss,set\n1,2,3,a\n", {"where": ("set",)}, ["write COLUMN=VALUE"]),
         ("run,n,d,loss\na,1e6,2,3\na,2e6,3,3\n", {}, ["runs.csv:3: run 'a' has several sizes"]),
-        ("n,d,loss\n1,2,3\n", {"drop_highest_loss": 1}, ["no row is left", "1 with among the 1 highest"]),
+        ("n,d,loss\n1,2,3\n", {"drop_highest_loss": 1}, ["no row is left", "1, among the 1 highest"]),
         ("n,d,loss\n1,2,3\n", {"flops_factor": 1.0, "c": "n"}, ["--flops-factor must be above 1"]),
     ],
 )
@@ -190,3 +192,28 @@ def test_windows_have_no_chain_and_no_rounding():
     group = within(chain, 0.1)
     assert max(np.ptp(chain[group == g]) for g in range(group.max() + 1)) <= 0.1 + 1e-9
     assert (np.diff(group) >= 0).all()
+
+
+def test_a_column_may_be_a_product_or_a_logarithm(table):
+    text = "P (M),steps,batch,ppl,a*b\n1,100,2K,20.5,1e6\n2,300,2K,15.5,2e6\n4,300,2K,12.5,4e6\n"
+    read = table(text, n="P (M)*1e6", d="steps * batch", loss="log(ppl)", also_n=("a*b",))
+    np.testing.assert_array_equal(read.runs.N, [1e6, 2e6, 4e6])
+    np.testing.assert_array_equal(read.runs.D, [2e5, 6e5, 6e5])
+    np.testing.assert_allclose(read.runs.loss, np.log([20.5, 15.5, 12.5]))
+    np.testing.assert_array_equal(read.also_N["a*b"], read.runs.N)
+    assert "loss is 'log(ppl)'" in read.notes
+    assert any("looks like a perplexity" in note for note in table(text, n="a*b", d="steps", loss="ppl").notes)
+    assert not any("perplexity" in note for note in read.notes)
+    with pytest.raises(UserError, match="no column 'step'"):
+        table(text, n="P (M)*1e6", d="step*batch", loss="ppl")
+    with pytest.raises(UserError, match="--n '1e6': name a column"):
+        table(text, n="1e6", d="steps", loss="ppl")
+    assert reasons(table(text.replace("15.5", "0.5"), n="a*b", d="steps", loss="log(ppl)")) == {
+        "'log(ppl)' is no positive finite number": [3]
+    }
+
+
+def test_semicolons_and_decimal_commas(table):
+    read = table("\ufeff N ;D; loss\n1,5e6;2e8;3,25\n3000000;4e8;3,125\n6000000;4e8;3\n")
+    np.testing.assert_array_equal(read.runs.N, [1.5e6, 3e6, 6e6])
+    np.testing.assert_array_equal(read.runs.loss, [3.25, 3.125, 3])

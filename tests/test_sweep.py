@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -26,16 +29,19 @@ from transformer_jax.errors import UserError
 from transformer_jax.logs import read_metrics
 from transformer_jax.loop import run_training
 from transformer_jax.models.gpt import GPTConfig
+from transformer_jax.nn.moe import ExpertsConfig
 from transformer_jax.objectives import CausalLM
 from transformer_jax.optim import schedule
 from transformer_jax.scaling.files import read_columns
 from transformer_jax.sweep import board
+from transformer_jax.sweep import row as sweep_row
+from transformer_jax.sweep import run as sweep_run
 from transformer_jax.sweep.board import Board
-from transformer_jax.sweep.cost import costs
+from transformer_jax.sweep.cost import Speed, costs
 from transformer_jax.sweep.counts import counts
 from transformer_jax.sweep.grid import iso_flops, rates, short
-from transformer_jax.sweep.row import failed, planned
-from transformer_jax.sweep.run import part, sweep
+from transformer_jax.sweep.row import failed, planned, write_row
+from transformer_jax.sweep.run import _Folder, part, sweep
 from transformer_jax.sweep.trunk import families, stable_steps
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +113,20 @@ def test_counts_by_hand(tmp_path):
     ramped = counts(replace(e, data=replace(e.data, batch_rows=16, ramp=((8, 3),))))
     assert (3 * 8 + 4 * 16) * t == ramped.D
     assert ramped.exact == found.exact * ramped.D // found.D
+
+
+def test_of_experts_those_count_that_a_token_takes(tmp_path):
+    """N, and so 6ND, is that of a dense model of as much work; the rest is in N_total."""
+    e = wsd(base(tmp_path), 7, "experts")
+    dense, sparse = counts(e), counts(replace(e, model=replace(GPT, experts=ExpertsConfig(count=8, chosen=1))))
+    router = 2 * 12 * 8
+    assert dense.N + router == sparse.N
+    one_expert = (dense.N_non_embedding - 2 * (4 * 12 * 12 + 4 * 12 + 4 * 12) - 2 * 12) // 2
+    assert sparse.N_total == sparse.N + 2 * 7 * one_expert
+    assert dense.N_total == dense.N
+    assert sparse.six_nd / dense.six_nd == pytest.approx(sparse.exact / dense.exact, rel=0.05)
+    row = planned(replace(e, model=replace(GPT, experts=ExpertsConfig(count=8, chosen=1))), None)
+    assert (row.n, row.n_total, row.c) == (sparse.N, sparse.N_total, sparse.six_nd)
 
 
 def test_stable_steps_are_those_of_the_schedule(tmp_path):
@@ -181,6 +201,94 @@ def _start(folder: Path, *options: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def killed_at(monkeypatch, number: int) -> list[int]:
+    """End the process in the middle of its number-th write; returns the count of writes so far."""
+    count = [0]
+
+    def patch(owner, name, half) -> None:
+        write = getattr(owner, name)
+
+        def killable(*args, **options):
+            count[0] += 1
+            if count[0] == number:
+                half(*args)
+                raise Killed
+            return write(*args, **options)
+
+        monkeypatch.setattr(owner, name, killable)
+
+    text = Path.write_text
+    patch(Path, "write_text", lambda path, content, *_: text(path, content[: len(content) // 2]))
+    patch(Path, "replace", lambda *_: None)
+    patch(Path, "rename", lambda *_: None)
+    patch(shutil, "copytree", lambda _, there, *rest: Path(there).mkdir(parents=True))
+    patch(sweep_run, "write_runs", lambda _, path: text(path, "run,n"))
+    return count
+
+
+def pretend(experiment, run):
+    """Leave behind what a training does, from its newest checkpoint on, without training.
+
+    The state is a number that each step changes by its learning rate, so a branch from a wrong place ends elsewhere.
+    """
+    assert not (run / "row.json").exists(), f"{run.name} is trained again"
+    first = max(steps_of(run), default=0)
+    value = float((run / "checkpoints" / str(first) / "state").read_text()) if first else float(experiment.model.width)
+    run.mkdir(parents=True, exist_ok=True)
+    known = [record for record in read_metrics(run) if record["step"] <= first]
+    fixed, steps, last = stable_steps(experiment), experiment.train.steps, experiment.optim.schedule.steps
+    with (run / "metrics.jsonl").open("w") as stream:
+        stream.writelines(json.dumps(record) + "\n" for record in known)
+    for step in range(first + 1, steps + 1):
+        value = 0.9 * value + min(1.0, (last - step + 1) / (last - fixed))
+        record = {"step": step, "nll": value, "seconds": float(step), "tokens_per_second": 1.0}
+        with (run / "metrics.jsonl").open("a") as stream:
+            stream.writelines(json.dumps(record | {"split": split}) + "\n" for split in ("train", "validation"))
+        if step % experiment.train.save_every == 0 or step == steps:
+            scratch = run / "checkpoints" / "incomplete"
+            (scratch / "meta").mkdir(parents=True, exist_ok=True)
+            meta = {"experiment": experiment.to_json(), "tokenizer": "", "labels": []}
+            for name, content in (("meta/metadata", json.dumps(meta)), ("state", repr(value))):
+                (scratch / name).write_bytes(content.encode())
+            scratch.rename(run / "checkpoints" / str(step))
+    return SimpleNamespace(stopped_by=""), SimpleNamespace(summary=lambda: {"tokenizer": "t", "fingerprint": "f"})
+
+
+@pytest.mark.slow
+def test_killed_three_times_at_any_write_it_makes_the_same_table(tmp_path, monkeypatch):
+    """In the middle of each file that a sweep writes, a row, a table or a branch among them; no run is made twice."""
+    e = base(tmp_path)
+    runs = [wsd(e, 10, "long"), wsd(e, 6, "short"), replace(wsd(e, 5, "other"), model=replace(GPT, width=18))]
+    where = {"commit": "c", "devices": 1, "device": "cpu"}
+    monkeypatch.setattr(sweep_run, "run_training", pretend)
+    monkeypatch.setattr(sweep_run, "measured", lambda _: Speed(0.0, 1e-9, 0.1, "here"))
+    for module in (sweep_run, sweep_row):
+        monkeypatch.setattr(module, "provenance", lambda: where)
+
+    def tables(out: Path) -> list:
+        return [comparable(out / name) for name in ("runs.csv", "curves.csv")]
+
+    with monkeypatch.context() as context:
+        writes = killed_at(context, 0)
+        assert [row.status for row in sweep("s", runs, tmp_path / "whole").rows] == ["done"] * 3
+    whole = tables(tmp_path / "whole")
+    assert [len(table) for table in whole] == [3, 10 + 6 + 5]
+    for number in range(1, writes[0] + 1):
+        out = tmp_path / f"killed-{number}"
+        for _ in range(3):
+            with monkeypatch.context() as context:
+                killed_at(context, number)
+                with contextlib.suppress(Killed):
+                    sweep("s", runs, out)
+        sweep("s", runs, out)
+        assert tables(out) == whole, f"killed three times at write {number}"
+        assert len(steps_of(out / "runs" / "long")) == len(steps_of(tmp_path / "whole" / "runs" / "long"))
+
+
 @pytest.mark.slow
 def test_killed_three_times_it_makes_the_same_table(tmp_path):
     (tmp_path / "plans.py").write_text(PLAN)
@@ -213,6 +321,25 @@ def test_killed_three_times_it_makes_the_same_table(tmp_path):
         assert rows == uninterrupted
 
 
+def test_a_run_that_another_share_ends_meanwhile_is_in_the_table(tmp_path, monkeypatch):
+    """Of two shares that write the tables at once, the last one writes the runs of both; each has its own scratch."""
+    runs = [wsd(base(tmp_path), steps, name) for steps, name in ((6, "mine"), (8, "theirs"))]
+    here = _Folder(tmp_path / "out", runs, families(runs))
+    here.begin({})
+    write, scratch = sweep_run.write_runs, []
+
+    def slowly(rows, path):
+        write_row(failed(here.planned["theirs"], "theirs"), here.run("theirs"))
+        scratch.append(path.name)
+        write(rows, path)
+
+    monkeypatch.setattr(sweep_run, "write_runs", slowly)
+    here.end(failed(here.planned["mine"], "mine"))
+    assert read_columns(here.table).cells["run"] == read_columns(here.curves).cells["run"] == ["mine", "theirs"]
+    assert len(set(scratch)) == len(scratch) == 4
+    assert sorted(path.name for path in here.out.iterdir()) == ["curves.csv", "runs", "runs.csv", "sweep.json"]
+
+
 @pytest.mark.slow
 def test_a_failure_is_recorded_and_the_next_run_begins(tmp_path, capsys):
     e = base(tmp_path)
@@ -230,9 +357,14 @@ def test_a_failure_is_recorded_and_the_next_run_begins(tmp_path, capsys):
     again = sweep("s", [bad, nan, good], tmp_path / "out")  # nothing is tried again
     assert "step" not in capsys.readouterr().err
     assert comparable(again.table) == comparable(swept.table)
+    longer = replace(wsd(e, 9, "longer"), data=bad.data)
+    assert [row.status for row in sweep("s", [bad, longer, nan, good], tmp_path / "out").rows][:2] == ["failed"] * 2
     (tmp_path / "absent.txt").write_text((tmp_path / "text.txt").read_text())
-    retried = sweep("s", [bad, nan, good], tmp_path / "out", retry=True)
-    assert [row.status for row in retried.rows] == ["done", "failed", "done"]
+    retried = sweep("s", [bad, longer, nan, good], tmp_path / "out", retry=True)
+    assert [row.status for row in retried.rows] == ["done", "done", "failed", "done"]
+    # A trunk that had failed is a trunk again: what both have trained was trained once.
+    branch, trunk = (read_metrics(tmp_path / "out" / "runs" / name) for name in ("bad", "longer"))
+    assert branch[0] == trunk[0]  # its seconds too
 
 
 def test_the_live_table_and_the_bar_of_a_run_share_a_terminal(tmp_path, monkeypatch):

@@ -15,6 +15,10 @@ from transformer_jax.data.files import json_object
 from transformer_jax.errors import UserError, closest
 
 FORMATS = ".csv, .tsv, .jsonl or .parquet"
+_NUMBER = re.compile(
+    r"([-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d[\d_]*\.?\d*|\.\d+)(?:e[-+]?\d+)?) ?([kmbgt]?)"  # a comma: thousands
+)
+_DECIMAL_COMMA = re.compile(r"\s*[-+]?\d*,\d+(?:e[-+]?\d+)?\s*", re.IGNORECASE)
 _SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
@@ -51,7 +55,7 @@ def number(cell: Any) -> float:
     """Read one cell: a number, perhaps with K, M, B, T (G) for powers of a thousand; else NaN."""
     if isinstance(cell, (int, float)):
         return float(cell)
-    match = re.fullmatch(r"([-+]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:e[-+]?\d+)?) ?([kmbgt]?)", str(cell).strip().lower())
+    match = _NUMBER.fullmatch(str(cell).strip().lower())
     return float(match[1].replace(",", "").replace("_", "")) * _SUFFIXES[match[2]] if match else math.nan
 
 
@@ -76,9 +80,13 @@ def read_columns(path: Path) -> Columns:
 
 
 def _read_csv(path: Path) -> Columns:
+    """Read cells between tabs (.tsv) or commas, or between semicolons, whose numbers may then have decimal commas."""
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
-        header = next(reader, [])
+        first = stream.readline()
+        stream.seek(0)
+        semicolons = path.suffix == ".csv" and "," not in first and ";" in first
+        reader = csv.reader(stream, delimiter="\t" if path.suffix == ".tsv" else ";" if semicolons else ",")
+        header = [name.strip() for name in next(reader, [])]
         if len(set(header)) < len(header):
             twice = next(name for name in header if header.count(name) > 1)
             raise UserError(f"{path}: two columns are called '{twice}'.")
@@ -88,9 +96,13 @@ def _read_csv(path: Path) -> Columns:
                 continue  # an empty line
             if len(row) != len(header):
                 raise UserError(f"{path}:{reader.line_num}: {len(row)} cells, but the header has {len(header)}.")
-            rows.append(row)
+            rows.append([_point(cell) for cell in row] if semicolons else row)
             lines.append(reader.line_num)
     return Columns(path, {name: [row[i] for row in rows] for i, name in enumerate(header)}, lines)
+
+
+def _point(cell: str) -> str:
+    return cell.replace(",", ".") if _DECIMAL_COMMA.fullmatch(cell) else cell
 
 
 def _read_jsonl(path: Path) -> Columns:

@@ -93,7 +93,7 @@ def surface(estimate: Estimate, runs: Points, budgets: Sequence[float], path: Pa
     left.fill_between(C, band[:, 0], band[:, 1], color=COLORS["kaplan"], alpha=0.2, linewidth=0)
     left.plot(C, best, color=COLORS["kaplan"], lw=2, label="best split of C, 95 %")
     left.set(xlabel="training FLOPs C", ylabel="loss", ylim=(0.97 * np.nanmin(band), 1.02 * runs.loss.max()))
-    left.legend(frameon=False)
+    left.legend(loc="upper right", frameon=False)
     predicted = np.exp(predict(fitted.law, theta, runs.N, runs.D))[0]
     right.scatter(
         predicted, runs.loss, c=runs.N, norm=norm, cmap=_MAP, s=14, linewidths=0.3, edgecolors="white", zorder=3
@@ -173,7 +173,7 @@ def allocation(estimates: Sequence[Estimate], runs: Points, budgets: Sequence[fl
     for budget in budgets:
         axes.axvline(budget, color=GREY, lw=0.8, ls=":")
     axes.set(xlabel="training FLOPs C", ylabel="compute-optimal parameters N*")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(loc="upper left", frameon=False, fontsize=9)
     log_axis(axes, "x")
     log_axis(axes, "y")
     figure.savefig(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -14,12 +15,14 @@ from transformer_jax.scaling.files import Columns, number
 from transformer_jax.scaling.groups import SAME
 from transformer_jax.scaling.runs import DONE, Points, Run
 
+_GUESS = 12.5  # nats: a uniform guess among 268,000 tokens
 _SEEDS = 0.05  # share of the loss by which runs of the same N and D differ at most
 
 
 def _no_column(columns: Columns, what: str, default: str) -> NoReturn:
     raise UserError(
-        f"{columns.path} has no column '{default}': name the one that holds {what}. It has: {', '.join(columns.cells)}."
+        f"{columns.path} has no column '{default}': name the one that holds {what}.{closest(default, columns.cells)} "
+        f"It has: {', '.join(columns.cells)}."
     )
 
 
@@ -55,28 +58,47 @@ class RowReader:
             cells = self.columns.cells[self.columns.name(name, "", "--where") or ""]
             same = np.array([str(cell) == value or number(cell) == number(value) for cell in cells])
             if not same.any():
-                hint = closest(value, {str(cell) for cell in cells})
-                raise UserError(f"--where '{condition}' keeps no row of {self.columns.path}.{hint}")
+                have = list(dict.fromkeys(map(str, cells)))
+                some = ", ".join(have[:8]) + (", ..." if len(have) > 8 else "")
+                raise UserError(
+                    f"--where '{condition}' keeps no row of {self.columns.path}.{closest(value, have)} "
+                    f"'{name}' has: {some}."
+                )
             self._exclude(np.flatnonzero(~same), f"not {condition} (--where)")
         self.selected = self.keep.copy()
 
-    def find(self, asked: str, default: str, flag: str) -> tuple[str, float] | None:
-        """Find a column and its factor; one may be written behind its name, "Params (M)*1e6"."""
-        stem, star, text = asked.rpartition("*")
-        factor = number(text) if star and asked not in self.columns.cells else math.nan
-        if math.isnan(factor):
-            stem, factor = asked, 1.0
-        column = self.columns.name(stem.rstrip() if factor != 1 else stem, default, flag)
-        return None if column is None else (column, factor)
+    def find(self, asked: str, default: str, flag: str) -> tuple[str, np.ndarray] | None:
+        """Find a column, or a product of columns and numbers, "Params (M)*1e6"; "log(ppl)" is a logarithm.
+
+        Returns:
+            The first column of it, and the values; None if nothing was asked for and there is no default column.
+        """
+        if not asked or asked in self.columns.cells:
+            column = self.columns.name(asked, default, flag)
+            return None if column is None else (column, np.array(self.columns.numbers(column)))
+        first, values = "", np.ones(len(self.columns.lines))
+        for part in re.split(r"\s*\*\s*", asked.strip()):
+            logarithm = re.fullmatch(r"log\((.+)\)", part) if part not in self.columns.cells else None
+            name = logarithm[1] if logarithm else part
+            if name not in self.columns.cells and not math.isnan(number(name)):
+                factor = np.full(len(values), number(name))
+            else:
+                column = self.columns.name(name, default, flag)
+                assert column is not None
+                first, factor = first or column, np.array(self.columns.numbers(column))
+            with np.errstate(all="ignore"):
+                values = values * (np.log(factor) if logarithm else factor)
+        if not first:
+            raise UserError(f"{flag} '{asked}': name a column; write COLUMN, COLUMN*1e6, COLUMN*COLUMN or log(COLUMN).")
+        return first, values
 
     def optional(self, asked: str, default: str, flag: str, notes: list[str]) -> np.ndarray | None:
         """Read a column of positive numbers; a row without one is excluded."""
         found = self.find(asked, default, flag)
         if found is None:
             return None
-        column, factor = found
+        column, values = found
         notes.append(f"{default.upper() if len(default) == 1 else default} is '{asked or column}'")
-        values = np.array(self.columns.numbers(column)) * factor
         good = np.isfinite(values) & (values > 0)
         if not good[self.keep].any() and self.keep.any():
             row = int(np.flatnonzero(self.keep)[0])
@@ -84,7 +106,7 @@ class RowReader:
                 f"{self.columns.path}: column '{column}' holds no positive number (line {self.columns.lines[row]}: "
                 f"'{self.columns.cells[column][row]}'); name another with {flag}."
             )
-        self._exclude(np.flatnonzero(~good), f"'{column}' is no positive finite number")
+        self._exclude(np.flatnonzero(~good), f"'{asked or column}' is no positive finite number")
         return np.where(good, values, np.nan)
 
     def positive(self, asked: str, default: str, flag: str, notes: list[str]) -> np.ndarray:
@@ -115,7 +137,10 @@ class RowReader:
         _no_column(self.columns, "the training tokens (--d) or the training FLOPs (--c)", "d")
 
     def mixed(self, points: Points, notes: list[str]) -> None:
-        """Note runs of the same N and D whose losses differ by more than seeds make them."""
+        """Note losses that look like perplexities, and runs of the same N and D that differ by more than seeds."""
+        typical = float(np.median(points.loss[self.keep])) if self.keep.any() else 0.0
+        if typical > _GUESS:
+            notes.append(f"a loss of {typical:.3g} looks like a perplexity: --loss 'log(COLUMN)' takes its logarithm")
         lowest: dict[tuple[float, float], float] = {}
         strange = 0
         for row in np.flatnonzero(self.keep):

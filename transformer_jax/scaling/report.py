@@ -47,8 +47,11 @@ def write_study(study: Study, out: Path) -> list[Path]:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Write a number for a table; "n/a" for none."""
-    return "n/a" if value is None else f"{value:.{digits}g}"
+    """Write a number for a table, in full up to a million; "n/a" for none."""
+    if value is None:
+        return "n/a"
+    text = f"{value:.{digits}g}"
+    return f"{float(text):.0f}" if "e+" in text and abs(value) < 1e6 else text
 
 
 def bounds(interval: Sequence[float] | None, digits: int = 3) -> str:

@@ -21,13 +21,15 @@ class Run:
 
     run: str
     n: float
-    """Parameters N by which laws are fitted: all of them."""
+    """Parameters N by which laws are fitted: all that a token meets, so of experts only those that it takes."""
     d: float
     """Training tokens D up to this row."""
     c: float
     """Training FLOPs by 6ND."""
     loss: float
     """Loss on held-out text, nats a token."""
+    n_total: float | None = None
+    """All parameters; more than N with experts only."""
     n_non_embedding: float | None = None
     n_head: float | None = None
     """Parameters of the output layer."""

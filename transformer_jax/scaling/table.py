@@ -21,13 +21,13 @@ class TableOptions:
     """Which columns hold what, and which rows count."""
 
     n: str = ""
-    """Column of the parameters N; by default "n". "Params (M)*1e6" multiplies by a factor. Two of N, D and C do."""
+    """Column of the parameters N; by default "n". Two of N, D and C do. "Params (M)*1e6" and "steps*batch" multiply."""
     d: str = ""
     """Column of the training tokens D; by default "d"; without one, D = C / (6N)."""
     c: str = ""
     """Column of the training FLOPs C; by default "c"; without one, C = 6ND."""
     loss: str = ""
-    """Column of the loss; by default "loss"."""
+    """Column of the loss; by default "loss". "log(ppl)" takes the logarithm of a perplexity."""
     run: str = ""
     """Column that names the run, where a run has several rows (its training curve); by default "run"."""
     where: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ def read_table(path: Path, options: TableOptions) -> Table:
     kept = np.flatnonzero(reader.keep)
     if not len(kept):
         raise UserError(
-            f"{path}: no row is left: {'; '.join(f'{len(v)} with {k}' for k, v in reader.reasons.items())}."
+            f"{path}: no row is left. Left out: {'; '.join(f'{len(v)}, {k}' for k, v in reader.reasons.items())}."
         )
     curves = points.take(kept)
     rows = np.arange(len(curves)) if options.every_row else curves.last_of_each()

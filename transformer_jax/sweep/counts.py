@@ -21,9 +21,11 @@ class Counts:
     """Parameters, tokens and FLOPs of a whole run."""
 
     N: int
-    """All parameters."""
+    """Parameters that a token meets: all, but of experts only those that it takes, so that C is about 6ND."""
+    N_total: int
+    """All parameters; more than N with experts only."""
     N_non_embedding: int
-    """Those outside the tables that are looked up (Kaplan 2020, section 2.1)."""
+    """Those of N outside the tables that are looked up (Kaplan 2020, section 2.1)."""
     N_head: int | None
     """Those of the output layer; None for a model that scores no vocabulary."""
     D: int
@@ -49,7 +51,8 @@ def counts(experiment: Experiment) -> Counts:
     rows = max(shape[0] for shape, _ in experiment.data.batch_shapes().values())
     seen = rows_seen(experiment, rows)
     return Counts(
-        N=parameter_count(skeleton.abstract),
+        N=step.active,
+        N_total=parameter_count(skeleton.abstract),
         N_non_embedding=step.six_n_non_embedding // (6 * step.tokens),
         N_head=vocabulary[-1] if vocabulary else None,
         D=step.tokens * seen // rows,

@@ -49,8 +49,11 @@ def register(
     if record.exists():
         raise UserError(f"{record} exists: a prediction is registered once. Name another --out for another.")
     for run in runs:
-        if steps_of(run):
-            raise UserError(f"{run} has been trained (step {steps_of(run)[-1]}): a prediction comes before the run.")
+        if (run / "experiment.json").exists() or steps_of(run):
+            saved = max(steps_of(run), default=0)
+            raise UserError(
+                f"{run} has begun (saved up to step {saved}): a prediction comes before its run (--trained names it)."
+            )
     experiment.check()
     known = read_table(table, options)
     found, size = estimate("A3", known, settings), counts(experiment)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ def planned(experiment: Experiment, trunk: str | None) -> Run:
         d=found.D,
         c=found.six_nd,
         loss=float("nan"),
+        n_total=found.N_total,
         n_non_embedding=found.N_non_embedding,
         n_head=found.N_head,
         c_exact=found.exact,
@@ -108,12 +112,24 @@ def curve(row: Run, run: Path) -> list[Run]:
     return [*(at(record) for record in records[:-1] if record["step"] < steps), row]
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a path to write to, of which `path` is made at the end: whole or not at all, whoever else writes it too."""
+    scratch = path.with_name(f"incomplete.{uuid.uuid4().hex}.{path.name}")
+    yield scratch
+    scratch.replace(path)
+
+
 def write_row(row: Run, run: Path) -> None:
     """Keep the row of a run that has ended in its folder."""
     run.mkdir(parents=True, exist_ok=True)
-    scratch = run / f"{FILE}.incomplete"
-    scratch.write_text(json.dumps(asdict(row), indent=2) + "\n", encoding="utf-8")
-    scratch.replace(run / FILE)
+    with whole(run / FILE) as scratch:
+        scratch.write_text(json.dumps(asdict(row), indent=2) + "\n", encoding="utf-8")
+
+
+def forget_row(run: Path) -> None:
+    """Remove the row of a run, so that it counts as not ended."""
+    (run / FILE).unlink(missing_ok=True)
 
 
 def read_row(run: Path) -> Run | None:

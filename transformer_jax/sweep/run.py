@@ -26,7 +26,7 @@ from transformer_jax.scaling.runs import Run, write_runs
 from transformer_jax.sweep.board import Board
 from transformer_jax.sweep.cost import Speed, announce, costs, measured, summary, where_measured
 from transformer_jax.sweep.counts import step_flops
-from transformer_jax.sweep.row import curve, failed, finished, planned, read_row, write_row
+from transformer_jax.sweep.row import curve, failed, finished, forget_row, planned, read_row, whole, write_row
 from transformer_jax.sweep.trunk import Family, families, fork
 
 
@@ -69,9 +69,9 @@ def sweep(
     cost = costs(found, speed.of, speed.start)
     announce(name, summary(list(cost.values())), speed.where)
     names = [branch.experiment.name for family in mine for branch in family.branches]
-    rows = {row.run: row for row in here.rows()}
     if retry:
-        rows |= {row.run: here.planned[row.run] for row in rows.values() if row.status == "failed"}
+        here.forget_failed(names)
+    rows = {row.run: row for row in here.rows()}
     shown = [rows[branch.experiment.name] for family in found for branch in family.branches]
     board = Board(shown, cost, names)
     if share[1] > 1:
@@ -141,6 +141,12 @@ class _Folder:
     def rows(self) -> list[Run]:
         return [self.ended(name) or row for name, row in self.planned.items()]
 
+    def forget_failed(self, names: Sequence[str]) -> None:
+        """Let runs that have failed count as not trained."""
+        for name in names:
+            if (row := self.ended(name)) and row.status == "failed":
+                forget_row(self.run(name))
+
     def end(self, row: Run) -> None:
         """Keep the row of a run that has ended, and write the tables anew."""
         if jax.process_index() == 0:
@@ -149,13 +155,15 @@ class _Folder:
 
     def swept(self) -> Swept:
         """Write both tables (one process of a job does), from the rows of all runs that have ended."""
-        rows = self.rows()
-        over = [row for row in rows if row.status != "planned"]
-        points = [point for row in over for point in curve(row, self.run(row.run))]
-        for some, path in ((over, self.table), (points, self.curves)) if jax.process_index() == 0 else ():
-            scratch = path.with_name(f"incomplete.{path.name}")
-            write_runs(some, scratch)
-            scratch.replace(path)
+        rows, written = self.rows(), list[str | None]()
+        # Again if meanwhile another share has ended a run: else the older table of two could be the last one written.
+        while (states := [row.status for row in rows]) != written and jax.process_index() == 0:
+            over = [row for row in rows if row.status != "planned"]
+            points = [point for row in over for point in curve(row, self.run(row.run))]
+            for some, path in ((over, self.table), (points, self.curves)):
+                with whole(path) as scratch:
+                    write_runs(some, scratch)
+            rows, written = self.rows(), states
         return Swept(rows, self.table, self.curves)
 
     def plan(self) -> str:
@@ -176,7 +184,8 @@ class _Folder:
         if jax.process_index() == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             text = json.dumps(begun | {"plan": self.plan()}, indent=2)
-            (self.out / "sweep.json").write_text(text + "\n", encoding="utf-8")
+            with whole(self.out / "sweep.json") as scratch:
+                scratch.write_text(text + "\n", encoding="utf-8")
 
 
 def _train(family: Family, here: _Folder, board: Board) -> None:
