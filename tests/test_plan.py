@@ -16,6 +16,7 @@ from tests.test_plan_hlo import B, D, F, L, T, V, bert, gpt, transformer
 from transformer_jax.cli import main
 from transformer_jax.config import ComputeConfig, MeshConfig, TrainConfig
 from transformer_jax.errors import UserError
+from transformer_jax.nn.moe import ExpertsConfig
 from transformer_jax.planning.collectives import Collective
 from transformer_jax.planning.compiler import OutOfMemory, _out_of_memory
 from transformer_jax.planning.estimate import estimate
@@ -111,6 +112,13 @@ def test_the_heads_of_a_kernel_are_divided_too():
     assert computed(data=4, tensor=2) == computed(data=8)
 
 
+def test_positions_are_divided_too():
+    """Each of eight devices has a share of the work, whole rows or not."""
+    whole, divided = plan(gpt(data=8), V5E8), plan(gpt(data=4, context=2), V5E8)
+    assert divided.memory.activations < 1.2 * whole.memory.activations
+    assert ("all-reduce", "context") in {(move.kind, move.axes) for move in divided.moves}
+
+
 def test_collectives_follow_the_layout():
     def kinds(**mesh):
         return {(move.kind, move.axes) for move in plan(gpt(**mesh), V5E8).moves}
@@ -185,6 +193,17 @@ def test_a_precision_without_a_published_peak_has_no_step_time():
     assert nothing.step is None
 
 
+def test_an_estimate_for_gpus_needs_no_cudnn():
+    """It grows with the rows, not with their square: cuDNN's attention keeps no weights."""
+    base = replace(gpt(data=8), compute=ComputeConfig(layers="scan", dtype="bfloat16"))
+
+    def activations(length: int) -> int:
+        model, data = replace(base.model, width=64, context=length), replace(base.data, context=length)
+        return plan(replace(base, model=model, data=data), find_target("h100-8")).memory.activations
+
+    assert activations(4096) < 2.2 * activations(2048)
+
+
 def test_money_and_days():
     found = plan(gpt(data=8), V5E8)
     assert found.days == pytest.approx(found.experiment.train.steps * found.roofline.step / 86_400)
@@ -239,6 +258,14 @@ def test_meshes_are_ranked_and_all_divide():
     assert {trial.plan.mesh["tensor"] for trial in trials} == {1, 2, 4}, "8 does not divide 4 heads"
     steps = [trial.plan.roofline.step for trial in trials if trial.fits]
     assert steps == sorted(steps)
+
+
+def test_meshes_divide_experts_too():
+    base = gpt(data=4)
+    mixture = replace(base, model=replace(base.model, experts=ExpertsConfig(count=6, chosen=2, group=T)))
+    trials = meshes(mixture, find_target("v5e-4"), compile=False, tries=0, say=silent)
+    assert {trial.plan.mesh["expert"] for trial in trials} == {1, 2}, "4 does not divide 6 experts"
+    assert any("--mesh.expert 2" in trial.overrides for trial in trials)
 
 
 def test_overrides_of_a_mesh_include_what_makes_it_divide():
@@ -341,6 +368,19 @@ def test_a_search_names_the_command_of_the_best(capsys):
     first = json.loads(text)["meshes"][0]
     assert first["fits"]
     assert first["overrides"] in out
+
+
+def test_what_was_typed_is_part_of_the_best_command(capsys):
+    _, out, _ = run(capsys, "bert_tiny", "--on", "v5e-1", "--search", "--estimate", "--compute.remat", "dots")
+    assert out.splitlines()[-1] == "best: tjax plan bert_tiny --on v5e-1 --compute.remat dots --mesh.data 1"
+
+
+def test_a_search_without_a_mesh_that_fits_says_so(capsys):
+    words = ("gpt2_1558m", "--on", "v5e-1", "--search", "--estimate")
+    code, out, err = run(capsys, *words)
+    assert (code, "best:" in out) == (2, False)
+    assert "no mesh of v5e-1 fits: at least " in err.splitlines()[-1]
+    assert err.splitlines()[-1].endswith("tjax plan gpt2_1558m --on v5e-1 --mesh.data 1")
 
 
 def test_devices_have_to_be_named(capsys):

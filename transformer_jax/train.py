@@ -102,11 +102,11 @@ class Trainer:
             for name, (shape, dtype) in self.experiment.data.batch_shapes().items()
             if name != "example"
         }
-        objective = self.experiment.objective
+        objective, key = self.experiment.objective, jax.eval_shape(jax.random.key, 0)
         with jax.set_mesh(self.mesh):
             jax.eval_shape(
                 lambda params, batch, key: objective(self.skeleton.bind(params), batch, key),
-                *(self.skeleton.abstract, batch, jax.random.key(0)),
+                *(self.skeleton.abstract, batch, key),
             )
 
     def describe(self) -> str:

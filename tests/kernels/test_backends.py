@@ -106,10 +106,14 @@ def test_splash_step_by_step(mask):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", [Mask(causal=True), Mask(causal=True, window=130)], ids=["causal", "window"])
-def test_splash_over_several_blocks(mask, monkeypatch):
+@pytest.mark.parametrize(
+    ("mask", "size"),
+    [(Mask(causal=True), H), (Mask(causal=True, window=130), splash.LANES)],
+    ids=["causal", "window, heads that fill the lanes"],
+)
+def test_splash_over_several_blocks(mask, size, monkeypatch):
     monkeypatch.setattr(splash, "BLOCK", 256)
-    q, k, v = (jax.random.normal(jax.random.key(i), (1, 300, n, H)) for i, n in enumerate((2, 1, 1)))
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 300, n, size)) for i, n in enumerate((2, 1, 1)))
 
     def both(attend):
         return jax.value_and_grad(lambda q, k, v: jnp.square(attend(q, k, v, mask)).sum(), argnums=(0, 1, 2))(q, k, v)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from transformer_jax.logs import print_json, say
 from transformer_jax.planning.compiler import OutOfMemory
 from transformer_jax.planning.plan import Plan
 from transformer_jax.planning.planner import plan
-from transformer_jax.planning.remedies import Trial, meshes, remedies
+from transformer_jax.planning.remedies import Trial, meshes, overrides_of, remedies
 from transformer_jax.planning.report import GIB, show, show_ranking
 from transformer_jax.planning.target import Target, find_target
 
@@ -50,7 +50,7 @@ class PlanOptions:
     """Print one JSON object."""
 
 
-def _plan(_: str, options: PlanOptions) -> int:
+def _plan(name: str, options: PlanOptions) -> int:
     if not options.on:
         raise UserError("name the devices: --on v5e-16, --on v5p-128, --on h100-8.")
     jax.config.update("jax_platforms", "cpu")  # planning on a TPU or GPU machine leaves its devices alone
@@ -58,7 +58,7 @@ def _plan(_: str, options: PlanOptions) -> int:
         raise UserError("--price and --tries must not be negative.")
     target = find_target(options.on, options.slices)
     if options.search:
-        return _search(options, target)
+        return _search(name, options, target)
     if not options.estimate and target.compile_devices() is not None:
         say(f"compiling for {target.label}: a minute or two, or some seconds if it does not fit")
     found = plan(options.experiment, target, compile=not options.estimate)
@@ -71,14 +71,22 @@ def _plan(_: str, options: PlanOptions) -> int:
     return 0
 
 
-def _search(options: PlanOptions, target: Target) -> int:
+def _search(name: str, options: PlanOptions, target: Target) -> int:
     trials = meshes(options.experiment, target, compile=not options.estimate, tries=options.tries, say=say)
     if options.json:
         print_json({"meshes": [_trial(trial) for trial in trials]})
     else:
         show_ranking(trials[:SHOWN], out())
-        out().print(f"\nbest: tjax plan {options.experiment.name} {target.typed} {trials[0].overrides}", markup=False)
-    return 0 if trials[0].fits else 2
+    best = trials[0]
+    found = best.estimate.experiment
+    wanted = replace(options.experiment, mesh=found.mesh, data=found.data, train=found.train)
+    command = f"tjax plan {name} {target.typed} {overrides_of(experiment_of(name), wanted)}".rstrip()
+    if not best.fits:
+        least = f"at least {best.plan.memory.total / GIB:.1f} GiB a device of {best.plan.memory.available / GIB:.2f}"
+        raise UserError(f"no mesh of {target.label} fits: {least}. What else would: {command}")
+    if not options.json:
+        out().print(f"\nbest: {command}", markup=False)
+    return 0
 
 
 def _refusal(options: PlanOptions, target: Target, found: Plan | OutOfMemory) -> UserError:

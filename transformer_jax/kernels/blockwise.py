@@ -136,6 +136,9 @@ class Partial(NamedTuple):
 
 
 def _forward(rules: Rules, queries: Queries, keys: Keys, bits: jax.Array | None) -> tuple[jax.Array, Any]:
+    # Known with the queries only: what hangs on the mask alone would be computed before a scan over layers, and kept
+    # for all pairs of blocks, which is T S again.
+    queries, keys = jax.lax.optimization_barrier((queries, keys))
     i, b, t, k, g, _ = queries.q.shape
     rows = (i, b, k, g, t)
     start = Partial(

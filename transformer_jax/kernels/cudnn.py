@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 
@@ -24,6 +26,17 @@ def refuses(demand: Demand) -> str:
     if demand.head_size % 8 or demand.head_size > LARGEST_HEAD:
         return f"serves heads of 8, 16, ... {LARGEST_HEAD} channels, not of {demand.head_size}"
     return ""
+
+
+@cache
+def installed() -> bool:
+    """Tell whether JAX finds cuDNN here, without which it does not even trace this attention."""
+    x_BTNH = jax.ShapeDtypeStruct((1, 2, 1, 8), jnp.bfloat16)
+    try:
+        jax.eval_shape(partial(jax.nn.dot_product_attention, implementation="cudnn"), x_BTNH, x_BTNH, x_BTNH)
+    except RuntimeError:
+        return False
+    return True
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) -> jax.Array:

@@ -12,7 +12,7 @@ from transformer_jax.kernels.demand import Demand
 from transformer_jax.kernels.mask import Mask
 
 LANES = 128
-"""Rows come in multiples of so many positions; they are padded."""
+"""Elements of the last dimension of a TPU's tile. Rows come in multiples of so many positions; they are padded."""
 
 BLOCK = 512
 """Queries, and keys, of a block at most."""
@@ -53,7 +53,7 @@ def attend(
         if segments_BT is None:
             segments_BT, segments_BS = jnp.ones((len(q_BTNH), t), jnp.int32), (segments_BS != 0).astype(jnp.int32)
         ids = pallas.SegmentIds(_padded(segments_BT, places_t), _padded(segments_BS, places_s))
-    kernel = _kernel(n, places_t, places_s, mask.causal, mask.window, interpret)
+    kernel = _kernel(n, h, places_t, places_s, mask.causal, mask.window, interpret)
     q, k, v = (
         _padded(x, places).swapaxes(1, 2)
         for x, places in ((q_BTNH * h**-0.5, places_t), (k_BSKH, places_s), (v_BSKH, places_s))
@@ -62,11 +62,13 @@ def attend(
     return out_BNTH.swapaxes(1, 2)[:, :t]
 
 
-def _kernel(heads: int, t: int, s: int, causal: bool, window: int, interpret: bool) -> Any:
+def _kernel(heads: int, size: int, t: int, s: int, causal: bool, window: int, interpret: bool) -> Any:
     seen: Any = pallas.CausalMask((t, s)) if causal else pallas.FullMask((t, s))
     if window:
         seen = pallas.LocalMask((t, s), (window - 1, 0 if causal else window - 1), 0)
     q, kv = _block(t), _block(s)
+    # With channels last, heads of 64 would be filled up to 128 lanes, also where remat saves them; positions fill them.
+    layout = pallas.QKVLayout.SEQ_MINOR if size % LANES else pallas.QKVLayout.HEAD_DIM_MINOR
     sizes = pallas.BlockSizes(
         block_q=q,
         block_kv=kv,
@@ -74,6 +76,9 @@ def _kernel(heads: int, t: int, s: int, causal: bool, window: int, interpret: bo
         block_kv_dkv=kv,
         block_q_dq=q,
         block_kv_dq=kv,
+        q_layout=layout,
+        k_layout=layout,
+        v_layout=layout,
     )
     masks = pallas.MultiHeadMask([seen] * heads)
     return pallas.make_splash_mha(masks, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformer_jax.config import Experiment, flatten
 from transformer_jax.errors import UserError
+from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.planning.compiler import OutOfMemory
 from transformer_jax.planning.plan import Plan
 from transformer_jax.planning.planner import plan
@@ -174,14 +175,16 @@ def _fewer_rows(experiment: Experiment) -> Iterator[Experiment]:
 
 
 def _meshes(experiment: Experiment, target: Target) -> Iterator[Experiment]:
-    devices = target.devices // (experiment.mesh.context * experiment.mesh.expert)
-    for tensor in _divisors(devices):
-        for fsdp in _divisors(devices // tensor):
-            data = devices // tensor // fsdp
-            if data % target.slices:
-                continue
-            mesh = replace(experiment.mesh, data=data, fsdp=fsdp, tensor=tensor)
-            yield dividing(replace(experiment, mesh=mesh), target)
+    model, devices = experiment.model, target.devices // experiment.mesh.context
+    experts = model.experts.count if isinstance(model, GPTConfig) else 0
+    for expert in _divisors(math.gcd(experts or 1, devices)):
+        for tensor in _divisors(devices // expert):
+            for fsdp in _divisors(devices // expert // tensor):
+                data = devices // expert // tensor // fsdp
+                if data % target.slices:
+                    continue
+                mesh = replace(experiment.mesh, data=data, fsdp=fsdp, expert=expert, tensor=tensor)
+                yield dividing(replace(experiment, mesh=mesh), target)
 
 
 def _divisors(n: int) -> list[int]:

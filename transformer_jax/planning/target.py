@@ -13,6 +13,7 @@ from jax.experimental import topologies
 
 from transformer_jax.errors import UserError, closest
 from transformer_jax.hardware import CHIPS, Chip, chip_of
+from transformer_jax.kernels import cudnn
 from transformer_jax.launch.slices import Slice, check_slices, find_slice
 
 
@@ -77,8 +78,14 @@ class Target:
             return self._gpus()
         if not _installed("libtpu"):
             return None
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a metadata server that is not there
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several plans may be made at once
+        told = {
+            "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask a metadata server that is not there,
+            "TPU_ACCELERATOR_TYPE": self.slice.accelerator_type,  # and complain that it does not know these two
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans may be made at once
+        }
+        for name, value in told.items():
+            os.environ.setdefault(name, value)
         generation = self.slice.generation
         shape = self.slice.topology
         more: dict[str, Any] = {}
@@ -92,7 +99,8 @@ class Target:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices)
 
     def _gpus(self) -> list[Any] | None:
-        if self.chip.name not in GPUS or not any(map(_installed, ("jax-cuda13-plugin", "jax-cuda12-plugin"))):
+        plugin = any(map(_installed, ("jax-cuda13-plugin", "jax-cuda12-plugin")))
+        if self.chip.name not in GPUS or not plugin or not cudnn.installed():
             return None
         shape = {"topology": f"1x{self.hosts}x{self.per_host}", "target_config": _gpu_config(self.chip)}
         return list(topologies.get_topology_desc(platform="cuda", topology_name=self.chip.name, **shape).devices)

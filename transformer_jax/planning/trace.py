@@ -94,8 +94,7 @@ def trace(
         product: bytes to which the device rounds an input of a matrix product, at most.
     """
     inputs = [_value(v.aval, layout).in_memory() for v, layout in zip(closed.jaxpr.invars, layouts, strict=True)]
-    constants = [_value(v.aval).in_memory() for v in closed.jaxpr.constvars]
-    found = _Tracer(known, gathered, product).run(closed.jaxpr, constants, inputs, backward=False)
+    found = _Tracer(known, gathered, product).run(closed.jaxpr, inputs, backward=False)
     return Trace(inputs, found.operations, found.outputs)
 
 
@@ -111,8 +110,8 @@ class _Tracer:
     loops: int = 0
     """Around what is being read."""
 
-    def run(self, jaxpr: core.Jaxpr, constants: list[Value], inputs: list[Value], *, backward: bool) -> Trace:
-        values: dict[Any, Value] = dict(zip(jaxpr.constvars, constants, strict=True))
+    def run(self, jaxpr: core.Jaxpr, inputs: list[Value], *, backward: bool) -> Trace:
+        values: dict[Any, Value] = {v: _value(v.aval).in_memory() for v in jaxpr.constvars}
         values |= zip(jaxpr.invars, inputs, strict=True)
         uses: dict[Any, int] = {}
         for equation in jaxpr.eqns:
@@ -133,8 +132,7 @@ class _Tracer:
                 operations.append(operation)
                 made = operation.outputs
             elif inner := _inner(equation):
-                closed_over = [_value(v.aval).in_memory() for v in inner.constvars]
-                part = self.run(inner, closed_over, taken, backward=back)
+                part = self.run(inner, taken, backward=back)
                 operations += part.operations
                 made = [_handed_out(v.aval, o) for v, o in zip(equation.outvars, part.outputs, strict=True)]
             else:
@@ -220,7 +218,7 @@ class _Tracer:
         while True:
             inputs = [_value(v.aval, a).in_memory() for v, a in zip(closed.jaxpr.invars, layouts, strict=True)]
             self.loops += 1
-            body = self.run(closed.jaxpr, [], inputs, backward=backward)
+            body = self.run(closed.jaxpr, inputs, backward=backward)
             self.loops -= 1
             after = [value.layout for value in body.outputs[:carried]]
             before = layouts[constants : constants + carried]

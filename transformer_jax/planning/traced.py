@@ -11,6 +11,7 @@ import jax
 
 from transformer_jax.hardware import chip_of
 from transformer_jax.models.gpt import GPTConfig
+from transformer_jax.nn.module import Skeleton
 from transformer_jax.planning.collectives import Collective
 from transformer_jax.planning.estimate import Estimate, estimate
 from transformer_jax.planning.layouts import WHOLE, Layout
@@ -40,7 +41,7 @@ def estimated(trainer: Trainer) -> Estimate:
         for name, (shape, dtype) in trainer.experiment.data.batch_shapes().items()
         if name != "example"
     }
-    closed = jax.make_jaxpr(partial(train_step, trainer))(trainer.abstract_state(), batch)
+    closed = jax.make_jaxpr(partial(train_step, _traceable(trainer)))(trainer.abstract_state(), batch)
     layout = jax.tree.map(_layout, trainer.shardings(), trainer.abstract_state())
     arguments = [*jax.tree.leaves(layout, is_leaf=lambda x: isinstance(x, frozenset)), *[WHOLE] * len(batch)]
     known = {}
@@ -54,6 +55,17 @@ def estimated(trainer: Trainer) -> Estimate:
     found = estimate(program, trainer.mesh.shape, GATHERED)
     rows = max(shape[0] for shape, _ in trainer.experiment.data.batch_shapes().values())
     return found if rows % shards == 0 else _shared(found, rows / shards / -(-rows // shards), set(known))
+
+
+def _traceable(trainer: Trainer) -> Trainer:
+    """Let attention in blocks stand in for cuDNN's, which cannot be traced where it is not installed.
+
+    It keeps the same for the backward pass, and shows its products, as a kernel of cuDNN does not.
+    """
+    compute = trainer.skeleton.compute
+    if compute.attention != "cudnn":
+        return trainer
+    return replace(trainer, skeleton=Skeleton.of(trainer.experiment.model, replace(compute, attention="blockwise")))
 
 
 def _shared(found: Estimate, share: float, parameters: set[tuple[int, ...]]) -> Estimate:
