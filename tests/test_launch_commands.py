@@ -45,11 +45,12 @@ def test_a_tpu_is_one_queued_resource_whose_workers_start_themselves():
         "--node-id=gpt",
         "--accelerator-type=v5litepod-16",
         "--runtime-version=v2-alpha-tpuv5-lite",
-        "--metadata-from-file=startup-script=runs/jobs/gpt/startup.sh",
+        "--metadata-from-file=startup-script=runs/jobs/gpt/startup.sh,shutdown-script=runs/jobs/gpt/shutdown.sh",
         "--labels=tjax-job=gpt",
         "--spot",
         "--valid-until-duration=6h",
     }
+    assert "--reserved" in words(replace(TPU, reserved=True), "create")
     several = words(replace(TPU, slices=2), "create")
     assert {"--node-count=2", "--node-prefix=gpt"} <= set(several)
     assert not [word for word in several if word.startswith("--node-id") or word == "--spot"]
@@ -129,12 +130,10 @@ def test_the_jobset_follows_its_schema():
     assert train["resources"]["limits"] == {"google.com/tpu": "4"}
     assert {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": {"name": "wandb", "key": "key"}}} in train["env"]
     assert train["envFrom"] == [{"secretRef": {"name": "gpt-env"}}]
-    assert spec["template"]["spec"]["activeDeadlineSeconds"] == 7200
     # What trying again will not mend is not tried again.
-    assert spec["template"]["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    assert spec["template"]["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 124]
     (rule,) = full["spec"]["failurePolicy"]["rules"]
-    assert rule["action"] == "FailJobSet"
-    assert set(rule["onJobFailureReasons"]) == {"PodFailurePolicy", "DeadlineExceeded"}
+    assert rule == {"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
 
 
 def test_the_schema_can_refuse():
@@ -149,6 +148,8 @@ def test_the_same_in_terms_of_xpk():
     (line,) = [note for note in GKE.notes(job(GKE)) if note.startswith("xpk")]
     for part in ("--tpu-type=v5litepod-16", "--num-slices=1", "--cluster=my-cluster", "--workload=gpt"):
         assert part in line
+    assert "--zone=us-west4-a" in line
+    assert "--zone" not in replace(GKE, zone="us-west4").notes(job(GKE))[-1]
 
 
 def test_every_kubectl_names_its_cluster():
@@ -168,6 +169,8 @@ def test_one_process_a_gpu_under_slurm():
     assert SLURM.chips == SLURM.workers == 12
     assert Slurm(nodes=5, gpus_per_node=0).chips == 5
     assert "--partition" not in Slurm().script(job(Slurm()))
+    more = replace(SLURM, sbatch=("cpus-per-task=12", "exclusive"))
+    assert "#SBATCH --cpus-per-task=12\n#SBATCH --exclusive\n" in more.script(job(more))
 
 
 def test_processes_know_who_they_are():
@@ -189,9 +192,10 @@ def test_the_cap_is_kept_on_the_machines_too():
     assert budget.seconds_left(16, 24.0) == 1800
     assert budget.seconds_left(16, 99.0) == 1
     assert Budget(price=1.5).seconds_left(16, 99.0) == 0
-    for backend in (TPU, SLURM):
+    for backend in (TPU, GKE, SLURM):
         texts = [text for command in commands(job(backend, seconds=5400)) for text in command.files.values()]
-        assert any("timeout --signal=TERM --kill-after=300 5400" in text for text in texts)
+        (text,) = [text for text in texts if "timeout --signal=TERM --kill-after=300" in text]
+        assert "left=$((5400 " in text
     with pytest.raises(UserError, match="--price"):
         commands(job(TPU, budget=Budget(most=10.0)))
 
@@ -266,13 +270,17 @@ def test_plain_environment_passes():
         (replace(TPU, zone="us-west4"), {}, "--zone us-west4"),
         (replace(TPU, bucket="my-bucket"), {}, "gs://"),
         (replace(TPU, project=""), {}, "--project is needed"),
+        (replace(TPU, valid_until="6 hours"), {}, "--valid-until 6 hours"),
         (replace(TPU, slices=0), {}, "--slices"),
+        (replace(TPU, spot=True, reserved=True), {}, "--spot and --reserved"),
         (replace(TPU, slice=find_slice("tpu7x-8")), {}, "--cluster"),
         (replace(GKE, slice=find_slice("v5e-8"), slices=2), {}, "several hosts"),
         (replace(GKE, slice=find_slice("v2-8")), {}, "GKE"),
         (GKE, {"secrets": {"A": "wandb"}}, "SECRET/KEY"),
         (replace(SLURM, time="one day"), {}, "--time one day"),
         (replace(SLURM, nodes=0), {}, "--nodes"),
+        (replace(SLURM, sbatch=("nodes=2",)), {}, "sets nodes itself"),
+        (replace(SLURM, sbatch=("--mem=0",)), {}, "without its hyphens"),
         (SLURM, {"secrets": {"A": "wandb"}}, "--env-file"),
         (SLURM, {"env_file": "absent.env"}, "no such file"),
         (Local(0), {}, "--processes"),

@@ -107,6 +107,11 @@ def test_a_worker_that_fails_is_named_and_the_slice_given_back(world, tjax):
     assert len(world.calls(*CREATE)) == len(world.calls(*DELETE)) == 1
 
 
+def test_who_was_lost_is_named_before_who_noticed_it(world, tjax):
+    world.is_so(lives=[["ACTIVE", "EXIT 75 75 137 75"]])
+    assert "w-2 ended with exit code 137" in tjax("launch", RECIPE, *TPU, *QUICK)[2]
+
+
 def test_a_laptop_may_lose_its_network(world, tjax):
     world.is_so(lives=[["ACTIVE", "NO NETWORK", "NO NETWORK", "ACTIVE", DONE]])
     code, _, err = tjax("launch", RECIPE, *TPU, *QUICK)
@@ -252,7 +257,7 @@ def test_the_spend_cap_stops_the_job(world, tjax, monkeypatch):
     assert "the spend cap of 30.00 is reached; stopping" in err
     assert len(world.calls(*DELETE)) == 1
     script = (world.work / "runs/jobs/demo/startup.sh").read_text()
-    assert "timeout --signal=TERM --kill-after=300 6750 tjax" in script  # 30 / (16 chips x 1) hours
+    assert "left=$((6750 + " in script  # 30 / (16 chips x 1) hours
     code, out, _ = tjax("cost", "--json")
     (row,) = json.loads(out)["jobs"]
     assert row["cost"] == pytest.approx(row["hours"] * 16)
@@ -265,7 +270,7 @@ def test_the_spend_cap_stops_the_job(world, tjax, monkeypatch):
     tjax("launch", RECIPE, *TPU, *QUICK, "--price", "1", "--max-cost", "50", "--detach")
     script = (world.work / "runs/jobs/demo/startup.sh").read_text()
     left = int((50 - row["cost"]) / 16 * 3600)
-    assert f"--kill-after=300 {left} tjax" in script
+    assert f"left=$(({left} + " in script
 
 
 def test_logs_come_from_the_machine_and_afterwards_from_the_bucket(world, tjax):
@@ -438,6 +443,9 @@ def test_a_jobset_that_fails_or_is_stopped(world, tjax):
     code, _, err = tjax("launch", RECIPE, *GKE, *QUICK)
     assert code == 1
     assert message in err
+    world.is_so(status=[{"terminalState": "Failed"}], exit_codes="124 143")
+    assert tjax("launch", RECIPE, *GKE, *QUICK)[0] == 143
+    assert store.load("demo").detail == "the spend cap is reached"
     world.is_so(status=[{}])
     tjax("launch", RECIPE, *GKE, *QUICK, "--detach")
     assert tjax("stop", "demo")[0] == 0
@@ -482,7 +490,9 @@ def test_a_batch_job_is_submitted_and_watched(world, tjax):
     assert (world.work / "runs/jobs/demo/code/pyproject.toml").exists()
 
 
-@pytest.mark.parametrize(("written", "code", "phase"), [("3", 1, "failed"), ("143", 143, "stopped")])
+@pytest.mark.parametrize(
+    ("written", "code", "phase"), [("3", 1, "failed"), ("143", 143, "stopped"), ("124", 143, "stopped")]
+)
 def test_how_a_batch_job_ended(world, tjax, written, code, phase):
     world.is_so(squeue=["RUNNING node[1-2]", "gone"], exit=written, job="demo")
     assert tjax("launch", RECIPE, *SLURM, *QUICK)[0] == code
@@ -516,6 +526,8 @@ def test_the_doctor_of_a_batch_system(world, tjax):
     code, out, _ = tjax("doctor", *BATCH)
     assert code == 1
     assert "nodes: 1 nodes, and 2 are needed" in out
+    world.is_so(sinfo="8 gpu:a100:2(S:0-1),nvme:1 1-00:00:00")
+    assert "GPUs: a node has 2 GPUs, and 4 are needed" in tjax("doctor", *BATCH)[1]
 
 
 # Mistakes.
@@ -533,7 +545,16 @@ def test_mistakes_before_anything_is_spent(world, tjax):
     refused(launch("--on", "local", "--retries", "3"), "--retries says nothing about --on local")
     refused(launch("--on", "local", "--detach"), "--detach")
     refused(launch("--on", "slurm", "--keep"), "--keep says nothing about --on slurm")
-    refused(launch("--on", "v5e-16", *ROWS), "--project is needed")
+    refused(launch("--on", "v5e"), "v5e-1, v5e-4, v5e-8")
+    refused(launch("--on", "2xv5e-16"), "--on v5e-16 --slices 2")
+    refused(launch("--on", "v5e-16", *ROWS), "--project and --zone and --bucket are needed")
+    refused(launch(*TPU, "--project", "My Project"), "my-project-123")
+    refused(launch(*TPU, "--valid-until", "tomorrow"), "6h")
+    refused(launch(*TPU, "--out", "runs/mine"), "name a folder of a bucket")
+    refused(launch("--on", "slurm", "--retries", "-1"), "--retries")
+    refused(launch("--on", "slurm", "--nodes", "0"), "--nodes")
+    refused(launch(*TPU, "--slices", "0"), "--slices")
+    refused(launch(*TPU, "--mesh.fsdp", "5"), "5 together, do not divide them")
     refused(launch(*TPU, "--mesh.data", "3"), "mesh data=3", "16 device")
     refused(launch(*TPU, "--mesh.data", "4", "--mesh.fsdp", "2"), "16 device")
     refused(launch(*TPU, "--slices", "2", "--mesh.data", "1", "--mesh.fsdp", "32"), "data=1 does not divide among 2")
@@ -544,6 +565,7 @@ def test_mistakes_before_anything_is_spent(world, tjax):
     refused(launch(*TPU, "--env-file", "absent.env"), "no such file")
     refused(launch(*TPU, "--max-cost", "10"), "--price")
     refused(launch(*TPU, "--proyect", "p"), "--proyect", "--project")
+    refused(tjax("doctor", "--on", "v5e-16"), "--project and --zone and --bucket are needed")
     refused(tjax("logs", "dema"), "no job 'dema'")
     refused(tjax("launch", "transformer_demo_en_kr", *TPU), "Did you mean")
     assert world.calls() == []

@@ -192,7 +192,9 @@ def pod(tmp_path, monkeypatch):
                 mark = tmp_path / f"w{worker}" / "code" / "started"
                 while not mark.exists() and process.poll() is None:
                     pass
-                process.terminate()
+                # As systemd does: the script itself hears nothing, its shutdown script is run.
+                shutdown = commands(one)[-1].files[f"{one.folder}/shutdown.sh"]
+                subprocess.run(["bash", "-c", shutdown.replace("/opt/tjax", str(tmp_path / f"w{worker}"))], check=True)
         return [process.wait(timeout=120) for process in running], world
 
     return run
@@ -230,6 +232,16 @@ def test_a_preempted_worker_saves_and_does_not_count_as_ended(pod, tmp_path):
         assert not world.bucket(f"b-demo/demo/launch/exit/1/w-{worker}").exists()
         assert world.bucket(f"b-demo/demo/launch/logs/1/w-{worker}.log").exists()
     assert world.calls("gcloud", "compute", "tpus", "queued-resources", "delete") == []
+
+
+def test_a_cap_goes_on_counting_after_a_reboot(pod, tmp_path):
+    train = 'trap "exit 143" TERM; touch started; while true; do sleep 0.1; done'
+    for worker in range(2):
+        (tmp_path / f"w{worker}").mkdir()
+        (tmp_path / f"w{worker}" / "1.began").write_text(f"{time.time() - 3598:.0f}\n")
+    codes, world = pod(train, seconds=3600)
+    assert codes == [124, 124]
+    assert world.bucket("b-demo/demo/launch/exit/1/w-0").read_text() == "w-0 124\n"
 
 
 def test_workers_that_disagree_do_not_train(pod, tmp_path):
@@ -294,5 +306,13 @@ def test_a_batch_job_reads_its_environment(batch, tmp_path):
     file.chmod(0o600)
     _, _, folder = batch('echo "$A|$B|$TJAX_COMMIT" > seen', env={"A": "it's"}, env_file=str(file))
     assert (folder / "code" / "seen").read_text() == f"it's|two words|{SOURCE.commit}\n"
-    _, _, folder = batch("sleep 5", seconds=1)
+
+
+def test_the_cap_of_a_batch_job_holds_for_all_its_turns(batch):
+    _, world, folder = batch("sleep 5", seconds=1)
     assert (folder / "exit").read_text() == "124\n"
+    assert world.calls("scontrol", "requeue") == []
+    assert 1 <= int((folder / "spent").read_text()) < 60
+    (folder / "spent").write_text("3599\n")
+    assert batch("sleep 5", seconds=3600)[0] == 124
+    assert int((folder / "spent").read_text()) >= 3600

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 
 import jax
+from orbax.checkpoint import multihost
 
 from transformer_jax import compilation_cache
 from transformer_jax.errors import UserError
 from transformer_jax.logs import say
-from transformer_jax.pulse import LOST, PATIENCE, Pulse, end
+from transformer_jax.pulse import LOST, PATIENCE, STUCK, Pulse, end
 
 SLACK = 60
 """Seconds that JAX waits longer than we do: it ends the process with a stack trace of its own."""
+
+PARTING = 30
+"""Seconds that a process with an error gives the others to come to the same."""
 
 _pulse: Pulse | None = None
 
@@ -29,7 +35,8 @@ def initialize() -> None:
 
     On Cloud TPU, GKE and SLURM, JAX finds the others by itself. Elsewhere three variables name them: TJAX_COORDINATOR
     (host:port of process 0), TJAX_PROCESSES and TJAX_PROCESS (this one's number). TJAX_JOIN_TIMEOUT is the patience
-    in seconds, 300 unless given; TJAX_LOST_TIMEOUT (100) the silence after which another process is taken for lost.
+    in seconds, 300 unless given; TJAX_LOST_TIMEOUT (100) the silence after which another process is taken for lost, and
+    TJAX_STUCK_TIMEOUT (1800) the time for which one that answers may stand still while the others wait for it.
 
     Raises:
         UserError: the variables contradict each other, or the others do not come in time.
@@ -39,8 +46,8 @@ def initialize() -> None:
     explicit = _explicit()
     if explicit is None and not _in_a_cluster():
         return
-    timeout = int(os.environ.get("TJAX_JOIN_TIMEOUT", "300"))
-    silent = int(os.environ.get("TJAX_LOST_TIMEOUT", "100"))
+    timeout, silent = _seconds("TJAX_JOIN_TIMEOUT", 300), _seconds("TJAX_LOST_TIMEOUT", 100)
+    stuck = _seconds("TJAX_STUCK_TIMEOUT", STUCK)
     join = partial(
         jax.distributed.initialize,
         initialization_timeout=timeout + SLACK,
@@ -60,8 +67,9 @@ def initialize() -> None:
     if jax.process_count() > 1:
         compilation_cache.leave()
         global _pulse  # noqa: PLW0603 - a process belongs to one job
-        _pulse = Pulse(silent)
+        _pulse = Pulse(silent, stuck)
         _pulse.start()
+        sys.excepthook = _crashed
 
 
 @contextmanager
@@ -89,6 +97,37 @@ def together(newest: Callable[[], str]) -> Iterator[None]:
             _pulse.newest = None
 
 
+def part(code: int) -> None:
+    """Meet the others before this process ends with an error; where they do not come to an end too, end at once.
+
+    JAX's own way out waits five minutes for processes that wait for this one.
+    """
+    if _pulse is None:
+        return
+    try:
+        multihost.get_barrier_sync_fn()(key="tjax_part", timeout_ms=PARTING * 1000)
+    except jax.errors.JaxRuntimeError:
+        end(code)
+
+
+def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    part(1)
+
+
+def advance() -> None:
+    """Note that the main thread has come to the next program that all processes run together."""
+    if _pulse is not None:
+        _pulse.place += 1
+
+
+def _seconds(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or int(value) == 0:
+        raise UserError(f"{name}={value} is not a number of seconds.")
+    return int(value)
+
+
 def _explicit() -> tuple[str, int, int] | None:
     names = ("TJAX_COORDINATOR", "TJAX_PROCESSES", "TJAX_PROCESS")
     values = [os.environ.get(name, "") for name in names]
@@ -99,7 +138,7 @@ def _explicit() -> tuple[str, int, int] | None:
         raise UserError(f"{' and '.join(missing)} not set: a job of several processes needs {', '.join(names)}.")
     address, count, number = values
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or int(port) > 65535:
         raise UserError(f"TJAX_COORDINATOR={address} is not host:port.")
     if not count.isdecimal() or not number.isdecimal() or not int(number) < int(count):
         raise UserError(f"TJAX_PROCESS={number} must be a number below TJAX_PROCESSES={count}.")

@@ -60,7 +60,8 @@ def run_training(experiment: Experiment, run: Path) -> tuple[Outcome, OpenData]:
     run.mkdir(parents=True, exist_ok=True)
     tokenizer_json = data.tokenizer.to_json() if data.tokenizer else ""
     checkpoints = Checkpoints(run, trainer, tokenizer_json, labels, say)
-    restored = checkpoints.restore_or_init(iterator)
+    with together(checkpoints.last_complete):
+        restored = checkpoints.restore_or_init(iterator)
     if restored.step:
         say(f"restored step {restored.step} of {experiment.train.steps} from {run}")
     if jax.process_index() == 0:

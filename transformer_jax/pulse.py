@@ -1,4 +1,4 @@
-"""Whether all processes of a job are still there: one that hangs is named, and the others do not wait for ever."""
+"""Whether all processes of a job are there and come along: one that hangs is named, and none waits for ever."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -25,6 +27,12 @@ EVERY = 5
 SUSPENDED = 10
 """Seconds that a nap of one takes where this process itself did not run: the machine slept, or it was stopped."""
 
+PLACES = "tjax_places"
+"""Where the processes tell each other how far they are, in the key-value store of the job."""
+
+STUCK = 1800
+"""Seconds for which one may stand still while others wait: longer than what one does alone (compile, read, write)."""
+
 LOST = 75
 """Exit code where another process was lost: try again (EX_TEMPFAIL of sysexits.h)."""
 
@@ -33,16 +41,22 @@ class Pulse:
     """Meets the other processes every few seconds, beside the work, from when they have joined until the end.
 
     A process that is stopped, starved or cut off misses the meetings, although a collective that waits for it would
-    wait for ever. One whose main thread alone is stuck does not.
+    wait for ever. One whose main thread alone is stuck does not: so each also tells its place, the number of programs
+    for all processes that its main thread has come to. Where one lies behind and nobody moves, it is named, and says at
+    which line of code it is.
     """
 
-    def __init__(self, silent: int) -> None:
-        self.silent = silent
-        """Seconds of silence after which another process is taken for lost."""
+    def __init__(self, silent: int, stuck: int = STUCK) -> None:
+        self.silent, self.stuck = silent, stuck
+        """Seconds after which another process is taken for lost: of silence, and of standing still."""
+        self.place = 0
+        """Programs for all processes that the main thread has come to."""
         self.newest: Callable[[], str] | None = None
         """Says from where a restart goes on; while it is set, a loss ends this process."""
         self._heard = time.monotonic()
         self._missing: list[str] = []
+        self._places: dict[int, int] = {}
+        self._moved, self._stood = self._heard, 0.0
 
     def start(self) -> None:
         """Begin, in two threads that end with the process."""
@@ -50,9 +64,10 @@ class Pulse:
             threading.Thread(target=work, daemon=True).start()
 
     def _meet(self) -> None:
-        meeting = multihost.get_barrier_sync_fn()
+        meeting, store = multihost.get_barrier_sync_fn(), multihost.get_jax_distributed_client()
         for number in itertools.count():
             try:
+                store.key_value_set(f"{PLACES}/{jax.process_index()}", str(self.place), allow_overwrite=True)
                 meeting(key=f"tjax_pulse_{number}", timeout_ms=PATIENCE * 500)
             except jax.errors.JaxRuntimeError as error:
                 # One that was away finds that these meetings are over, and hurries to the one that goes on.
@@ -60,7 +75,19 @@ class Pulse:
                 time.sleep(1)
             else:
                 self._heard, self._missing = time.monotonic(), []
+                if number % (PATIENCE // EVERY) == 0:
+                    self._look(store.key_value_dir_get)
                 time.sleep(EVERY)
+
+    def _look(self, told: Callable[[str], list[tuple[str, str]]]) -> None:
+        """Note how far all are; the others are asked for only if this process stands still itself."""
+        own, places = jax.process_index(), {jax.process_index(): self.place}
+        if self._places.get(own) == self.place:
+            places = {int(key.rpartition("/")[2]): int(place) for key, place in told(PLACES)}
+        now = time.monotonic()
+        if places != self._places:
+            self._places, self._moved = places, now
+        self._stood = now - self._moved
 
     def _watch(self) -> None:
         said, last = 0, time.monotonic()
@@ -68,31 +95,59 @@ class Pulse:
             time.sleep(1)
             now = time.monotonic()
             if now - last > SUSPENDED:
-                self._heard = now
+                self._heard, self._moved, self._stood = now, now, 0.0
             last = now
-            silence, newest = now - self._heard, self.newest
-            if newest is None or silence < PATIENCE:
+            if (newest := self.newest) is None:
+                continue
+            seconds, most, trouble, why = now - self._heard, self.silent, self._silence, "it hangs, or is cut off"
+            if seconds < PATIENCE and self._behind():
+                seconds, most, trouble, why = self._stood, self.stuck, self._standstill, "one does not come along"
+            if seconds < PATIENCE:
                 said = 0
-            elif silence >= self.silent:
+            elif seconds >= most:
                 say(
-                    f"tjax: {_who()} has heard nothing of {self._whom()} for {silence:.0f} s: it hangs, or is cut off; "
-                    f"{newest()}. Start all again with the same command: they continue there."
+                    f"tjax: {trouble(seconds)}: {why}; {newest()}. "
+                    "Start all again with the same command: they continue there."
                 )
                 end(LOST)
-            elif silence >= said + PATIENCE:
-                said = round(silence)
-                say(f"{_who()} has heard nothing of {self._whom()} for {said} s")
+            elif seconds >= said + PATIENCE:
+                said = round(seconds)
+                say(trouble(seconds))
 
-    def _whom(self) -> str:
-        if self._missing:
-            return f"process{'es' if len(self._missing) > 1 else ''} {', '.join(self._missing)}"
-        return "process 0, where all meet" if jax.process_index() else "the others"
+    def _silence(self, seconds: float) -> str:
+        whom = "process 0, where all meet" if jax.process_index() else "the others"
+        return f"{_who()} has heard nothing of {_named(self._missing) if self._missing else whom} for {seconds:.0f} s"
+
+    def _behind(self) -> list[str]:
+        """Return the processes that have come less far than others."""
+        least = min(self._places.values(), default=0)
+        if least == max(self._places.values(), default=0):
+            return []
+        return [str(process) for process, place in sorted(self._places.items()) if place == least]
+
+    def _standstill(self, seconds: float) -> str:
+        behind = self._behind()
+        if str(jax.process_index()) in behind:
+            return f"{_who()} keeps the others waiting for {seconds:.0f} s, at {_line_of_main_thread()}"
+        return f"{_who()} has waited {seconds:.0f} s for {_named(behind)}"
 
 
 def missing(refusal: str) -> list[str]:
     """Return the numbers of the processes that a meeting waited for in vain, as far as JAX says."""
     named = refusal.partition("timed out task names:")[2].partition("RPC")[0]
     return re.findall(r"(?:^|[\s,:])(\d+)(?=[\s,]|$)", named)
+
+
+def _named(processes: list[str]) -> str:
+    return f"process{'es' if len(processes) > 1 else ''} {', '.join(processes)}"
+
+
+def _line_of_main_thread() -> str:
+    """Name the innermost line of ours, and what it has called."""
+    stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
+    ours = [line for line in stack if Path(line.filename).is_relative_to(Path(__file__).parent)]
+    lines = [*ours[-1:], *(stack[-1:] if stack[-1:] != ours[-1:] else [])]
+    return ", in ".join(f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno} ({one.name})" for one in lines)
 
 
 def _who() -> str:

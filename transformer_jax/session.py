@@ -23,6 +23,7 @@ from transformer_jax.anomalies import Anomaly, AnomalyLog, SpikeBound, global_ba
 from transformer_jax.checkpoint import Checkpoints, Restored, steps_of
 from transformer_jax.data.loader import Batch, OpenData
 from transformer_jax.diagnosis import diagnose
+from transformer_jax.distributed import advance
 from transformer_jax.errors import UserError
 from transformer_jax.logs import Meter, MetricsLog, meter, read_metrics, say
 from transformer_jax.objectives import means
@@ -126,6 +127,7 @@ class Session:
         before, limit = self.iterator.get_state(), self.bound.at(self.step + 1)
         batch = next(self.iterator)
         guard = Guard(np.float32(limit), self.applied)
+        advance()
         self.state, metrics = self.train_step(self.state, self.trainer.put(batch), guard)
         self.applied = metrics.pop("applied")
         self.step += 1
@@ -220,7 +222,10 @@ class Session:
 
 def evaluate_loss(trainer: Trainer, eval_step: Any, params: Any, batches: Any) -> dict[str, float]:
     """Return the objective's sums over all batches, divided by their weight."""
-    parts = [eval_step(params, trainer.put(batch)) for batch in batches]
+    parts = []
+    for batch in batches:
+        advance()
+        parts.append(eval_step(params, trainer.put(batch)))
     sums, weights = jax.tree.map(lambda *xs: sum(np.asarray(x, np.float64) for x in xs), *jax.device_get(parts))
     values = {name: float(value) for name, value in means(sums, weights).items()}
     return trainer.experiment.objective.derived(values) | {"tokens": float(weights["tokens"])}

@@ -77,7 +77,8 @@ def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, i
         sizes[free[0]] = devices // known
     if math.prod(sizes.values()) != devices:
         shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise UserError(f"mesh {shape} does not match {devices} device(s); --mesh.data -1 takes what is left.")
+        mend = f"the others, {known} together, do not divide them" if free else "--mesh.data -1 takes what is left"
+        raise UserError(f"mesh {shape} does not match {devices} device(s); {mend}.")
     if sizes[DATA] % slices:
         raise UserError(
             f"mesh data={sizes[DATA]} does not divide among {slices} slices, whose network is too slow for the other "

@@ -1,6 +1,7 @@
 """gcloud: queued resources, TPU VMs, buckets, quotas, secrets. A bucket is a folder."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ AT = {"project", "zone", "format", "quiet"}
 OPTIONS = {
     "compute tpus queued-resources create": AT
     | {"node-id", "node-count", "node-prefix", "accelerator-type", "runtime-version", "metadata-from-file", "labels"}
-    | {"spot", "valid-until-duration", "service-account", "network", "subnetwork", "internal-ips", "async"},
+    | {"spot", "reserved", "valid-until-duration", "service-account", "network", "subnetwork", "internal-ips", "async"},
     "compute tpus queued-resources describe": AT,
     "compute tpus queued-resources delete": AT | {"force", "async"},
     "compute tpus queued-resources ssh": AT | {"node", "worker", "command", "internal-ip", "batch-size"},
@@ -81,7 +82,10 @@ def create(where, names):
         refuse(f"ERROR: (gcloud.{where}) {trouble}")
     if names[0] in recall("requests", {}):
         refuse(f"ERROR: (gcloud.{where}) ALREADY_EXISTS: Resource '{resource(names[0])}' already exists")
-    script = option("metadata-from-file").partition("=")[2]
+    files = dict(pair.split("=") for pair in option("metadata-from-file").split(","))
+    if set(files) != {"startup-script", "shutdown-script"} or not all(map(os.path.isfile, files.values())):
+        refuse(f"ERROR: (gcloud.{where}) Unable to read file: {files}")
+    script = files["startup-script"]
     lives = recall("lives", 0)
     remember("lives", lives + 1)
     remember("requests", recall("requests", {}) | {names[0]: {"life": lives, "script": Path(script).read_text()}})

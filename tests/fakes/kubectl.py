@@ -43,6 +43,8 @@ elif words[:2] == ["get", "crd"]:
 elif words[:2] == ["get", "nodes"]:
     pools = scenario("nodes_ready", {"tpu-0": 4})
     print(" ".join(pool for pool, nodes in pools.items() for _ in range(nodes)))
+elif words[:2] == ["get", "pods"]:
+    print(scenario("exit_codes", "1"))
 elif words[:2] == ["delete", "jobset"]:
     remember("jobset", None)
 elif words[0] in ("create", "delete", "logs", "exec"):

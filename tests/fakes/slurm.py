@@ -12,7 +12,7 @@ called(program)
 
 # Options of sbatch that a script may hold, as its manual lists them.
 SBATCH = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "partition", "account", "qos", "time", "signal"}
-SBATCH |= {"output", "open-mode", "requeue"}
+SBATCH |= {"output", "open-mode", "requeue", "cpus-per-task", "mem", "constraint"}
 
 if program == "sbatch":
     script = Path(words[-1]).read_text().splitlines()

@@ -23,6 +23,7 @@ from transformer_jax.cli import (
     translation,
 )
 from transformer_jax.cli.verb import Verb
+from transformer_jax.distributed import part
 from transformer_jax.errors import Interrupted, UserError, closest
 from transformer_jax.logs import say
 
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(_run(argv))
     except UserError as error:
         say(f"tjax: {error}")
+        part(2)
         sys.exit(2)
     except Interrupted as stop:
         say(f"stopped by {stop.signal}; the same command continues")

@@ -24,7 +24,7 @@ from transformer_jax.launch.gke import Gke
 from transformer_jax.launch.job import Backend, Budget, Job, commands
 from transformer_jax.launch.local import Local, machine_gpus
 from transformer_jax.launch.on_slices import OnSlices
-from transformer_jax.launch.slices import find_slice
+from transformer_jax.launch.slices import find_slice, sizes_of
 from transformer_jax.launch.slurm import Slurm
 from transformer_jax.launch.source import Source, inside, read_source
 from transformer_jax.launch.store import Record
@@ -53,6 +53,8 @@ class WhereOptions:
     """Slices, joined over the data-centre network."""
     spot: bool = False
     """Spot machines: cheaper, and may be taken away at any time."""
+    reserved: bool = False
+    """Cloud TPU: take the slices from the project's reservation."""
     valid_until: str = ""
     """Cloud TPU: how long the request may wait in the queue, as 6h."""
     service_account: str = ""
@@ -79,6 +81,8 @@ class WhereOptions:
     """SLURM."""
     time: str = ""
     """SLURM: time limit, as 24:00:00; a job that reaches it saves and takes another turn."""
+    sbatch: tuple[str, ...] = ()
+    """SLURM: NAME=VALUE ...: more options of sbatch, as cpus-per-task=12 mem=0 constraint=h100."""
     processes: int = 2
     """local: processes on this machine."""
     devices_per_process: int = 0
@@ -149,15 +153,20 @@ def backend_of(where: WhereOptions) -> Backend:
     elif where.on == "local":
         kind, extra = Local, {"gpus": machine_gpus()}
     elif "-" not in where.on:
-        raise UserError(f"--on {where.on}: a slice as v5e-16, slurm, or local.{closest(where.on, ['slurm', 'local'])}")
+        sizes = f" Of {where.on} there are {', '.join(found)}." if (found := sizes_of(where.on)) else ""
+        near = closest(where.on, ["slurm", "local"])
+        raise UserError(f"--on {where.on}: a slice with its size as v5e-16, slurm, or local.{sizes or near}")
     else:
         kind, extra = Gke if where.cluster else TpuVm, {"slice": find_slice(where.on)}
     fields = {field.name for field in dataclasses.fields(cast(Any, kind))} - extra.keys()
     given = {field.name: getattr(where, field.name) for field in dataclasses.fields(WhereOptions)}
+    given["bucket"] = given["bucket"].rstrip("/")
     known = fields | ({"on", "retries"} if kind is TpuVm else {"on"})
     for field in dataclasses.fields(WhereOptions):
         if field.name not in known and given[field.name] != field.default:
             raise UserError(f"--{field.name.replace('_', '-')} says nothing about --on {where.on}.")
+    if where.retries < 0:
+        raise UserError(f"--retries cannot be negative, got {where.retries}.")
     return kind(**{name: value for name, value in given.items() if name in fields}, **extra)
 
 
@@ -190,7 +199,7 @@ def _leaves(value: Iterable[Any]) -> Iterable[Any]:
 
 def check_mesh(experiment: Experiment, devices: int | None, slices: int = 1) -> None:
     """Raise `UserError` if that many devices cannot hold the mesh, or the mesh cannot divide a batch."""
-    if devices is None:
+    if devices is None or devices < 1:  # of fewer, the check of the job tells
         return
     sizes = mesh_sizes(experiment.mesh, devices, slices)
     parts = math.prod(sizes[axis] for axis in BATCH_AXES) * experiment.train.accumulate
@@ -218,6 +227,8 @@ def job_of(target: str, options: LaunchOptions) -> Job:
         source.check_install(options.setup)
         recipe = inside(target, source)
     folder, run = _folders(name, source, backend)
+    if isinstance(backend, OnSlices) and options.out and not options.out.startswith("gs://"):
+        raise UserError(f"--out {options.out} would go with the machines that it lies on: name a folder of a bucket.")
     changed = overrides(experiment_of(target), experiment)
     command = ("tjax", "train", recipe, *changed, "--out", options.out or run)
     secrets.refuse_secrets(command)
@@ -310,9 +321,12 @@ def _refuse_if_too_large(experiment: Experiment, backend: Backend) -> None:
 
 
 def _doctor(_: str, options: DoctorOptions) -> int:
+    if options.on:
+        backend = backend_of(options)
+        Job("doctor", (), backend, "").check()
     checks = list(doctor.check_job(store.load(options.job))) if options.job else list(doctor.check_here())
     if options.on:
-        checks += doctor.check_backend(backend_of(options))
+        checks += doctor.check_backend(backend)
     if options.json:
         print_json({"checks": [dataclasses.asdict(check) for check in checks]})
     else:

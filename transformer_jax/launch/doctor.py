@@ -96,6 +96,10 @@ def _slurm(backend: Slurm) -> Iterator[Check]:
         yield failed("nodes", f"{nodes} nodes, and {backend.nodes} are needed", "another --partition, or fewer --nodes")
     else:
         yield ok("nodes", f"{nodes} nodes; generic resources {', '.join(sorted({row[1] for row in rows}))}")
+    gpus = max((int(number) for row in rows for number in re.findall(r"gpu(?::[\w.-]+)?:(\d+)", row[1])), default=0)
+    if gpus < backend.gpus_per_node:
+        need = f"a node has {gpus} GPUs, and {backend.gpus_per_node} are needed"
+        yield failed("GPUs", need, "another --partition, or --gpus-per-node")
     yield unchecked("shared folder", f"that the nodes see {Path.cwd()} is not known here")
 
 

@@ -18,12 +18,14 @@ from transformer_jax.launch.on_slices import OnSlices
 from transformer_jax.launch.slices import check_slices
 from transformer_jax.launch.tpu_vm import check_cloud
 from transformer_jax.launch.vendors import explain
+from transformer_jax.launch.worker import TIMED_OUT, limited
 
 INSTALL = (
     """version=$(python -c 'import sys; print("%d%d" % sys.version_info[:2])') && """
     "pip install --quiet --constraint constraints/py$version.txt --editable '.[tpu]'"
 )
 FETCHER = "gcr.io/google.com/cloudsdktool/google-cloud-cli:slim"
+BEGAN = "/code/.began"
 BAD_INPUT = 2
 """Exit code of `tjax` for what trying again will not mend."""
 NAME_LABEL = "jobset.sigs.k8s.io/jobset-name"
@@ -70,7 +72,9 @@ class Gke(OnSlices):
     def notes(self, job: Job) -> list[str]:
         """The same in terms of xpk, and what the name of the slice means."""
         xpk = ["xpk", "workload", "create", f"--workload={job.name}", f"--cluster={self.cluster}"]
-        xpk += [f"--project={self.project}", f"--zone={self.zone}", f"--tpu-type={self.slice.accelerator_type}"]
+        xpk += [f"--project={self.project}"]
+        xpk += [f"--zone={self.zone}"] if self.zone.count("-") == 2 else []  # it knows no regions, and then asks gcloud
+        xpk += [f"--tpu-type={self.slice.accelerator_type}"]
         xpk += [f"--num-slices={self.slices}", f"--max-restarts={self.retries}", f"--docker-image={self.image}"]
         xpk += ["--spot"] if self.spot else []
         xpk += [f"--command={shlex.join(job.command)}"]
@@ -123,12 +127,21 @@ class Gke(OnSlices):
     def _main(self, job: Job) -> str:
         install = job.setup or INSTALL
         agree = "python -m transformer_jax.launch.probe --agree"
-        return f"{install} && {agree} && exec {shlex.join(job.command)}"
+        return f"{install} && {agree} && {limited(job, shlex.join(job.command), BEGAN)}"
+
+    def _fetch(self, job: Job) -> str:
+        """Return the shell of the init container: the tree, and under a cap the time of the first start."""
+        fetch = f"set -o pipefail; gcloud storage cat {self._launch(job)}/code.tar.gz | tar -xz -C /code"
+        if not job.seconds:
+            return fetch
+        kept = f"{self._launch(job)}/began/{job.attempt}"
+        return (
+            f"{fetch} && {{ gcloud storage cat {kept} > {BEGAN} || "
+            f"{{ date +%s > {BEGAN} && gcloud storage cp {BEGAN} {kept}; }}; }}"
+        )
 
     def manifest(self, job: Job) -> dict[str, Any]:
         """Return the JobSet (jobset.x-k8s.io/v1alpha2)."""
-        # Bad input is final, and so is the end of the budget; everything else is tried again.
-        final = ["PodFailurePolicy"] + (["DeadlineExceeded"] if job.seconds else [])
         return {
             "apiVersion": "jobset.x-k8s.io/v1alpha2",
             "kind": "JobSet",
@@ -140,7 +153,7 @@ class Gke(OnSlices):
             "spec": {
                 "failurePolicy": {
                     "maxRestarts": self.retries,
-                    "rules": [{"name": "final", "action": "FailJobSet", "onJobFailureReasons": final}],
+                    "rules": [{"name": "final", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
                 },
                 "replicatedJobs": [
                     {"name": "slice", "replicas": self.slices, "template": {"spec": self._job_spec(job)}}
@@ -149,7 +162,9 @@ class Gke(OnSlices):
         }
 
     def _job_spec(self, job: Job) -> dict[str, Any]:
-        spec: dict[str, Any] = {
+        # Bad input is final, and so is the end of the budget; everything else is tried again.
+        final = [BAD_INPUT, TIMED_OUT]
+        return {
             "parallelism": self.slice.hosts,
             "completions": self.slice.hosts,
             "completionMode": "Indexed",
@@ -158,17 +173,15 @@ class Gke(OnSlices):
                 "rules": [
                     {
                         "action": "FailJob",
-                        "onExitCodes": {"containerName": "train", "operator": "In", "values": [BAD_INPUT]},
+                        "onExitCodes": {"containerName": "train", "operator": "In", "values": final},
                     }
                 ]
             },
             "template": {"spec": self._pod_spec(job)},
         }
-        return spec | ({"activeDeadlineSeconds": job.seconds} if job.seconds else {})
 
     def _pod_spec(self, job: Job) -> dict[str, Any]:
         mount = [{"name": "code", "mountPath": "/code"}]
-        fetch = f"gcloud storage cat {self._launch(job)}/code.tar.gz | tar -xz -C /code"
         chips = str(self.slice.chips_per_host)
         plain = ({"TJAX_COMMIT": job.source.label} if job.source else {}) | dict(job.env)
         env: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in plain.items()]
@@ -203,7 +216,7 @@ class Gke(OnSlices):
                 {
                     "name": "fetch",
                     "image": FETCHER,
-                    "command": ["bash", "-c", f"set -o pipefail; {fetch}"],
+                    "command": ["bash", "-c", self._fetch(job)],
                     "volumeMounts": mount,
                 }
             ],
@@ -226,12 +239,20 @@ class Gke(OnSlices):
         if status.get("terminalState") == "Completed":
             return State("done", again)
         if status.get("terminalState") == "Failed":
+            if TIMED_OUT in self._exit_codes(job):
+                return State("stopped", "the spend cap is reached", TIMED_OUT)
             failed = [c for c in status.get("conditions", []) if c.get("type") == "Failed"]
             return State("failed", failed[0].get("message", "") if failed else again, 1)
         ready = sum(group.get("ready", 0) for group in status.get("replicatedJobsStatus", []))
         if ready < self.slices:
             return State("queued", again or "its pods wait for nodes")
         return State("running", again)
+
+    def _exit_codes(self, job: Job) -> set[int]:
+        """Ask how the containers ended, as far as their pods are still there."""
+        path = "{.items[*].status.containerStatuses[*].state.terminated.exitCode}"
+        answer = ask(self.kubectl("get", "pods", f"--selector={NAME_LABEL}={job.name}", f"--output=jsonpath={path}"))
+        return {int(code) for code in answer.out.split()} if answer.code == 0 else set()
 
     def _pod_of(self, job: Job, worker: str) -> str:
         """Return the selector of one worker's pod, slices numbered through."""

@@ -61,6 +61,8 @@ class Local(Backend):
         """Raise `UserError` for numbers that cannot be."""
         if self.processes < 1 or self.devices_per_process < 0:
             raise UserError("--processes must be at least 1, and --devices-per-process at least 0.")
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"--port must be a number up to 65535, got {self.port}.")
         if self.gpus and not self.devices_per_process and len(self.gpus) % self.processes:
             raise UserError(f"--processes {self.processes} does not divide the {len(self.gpus)} GPUs of this machine.")
         if job.secrets:

@@ -156,6 +156,13 @@ def known_slices() -> dict[str, Slice]:
     return found
 
 
+def sizes_of(generation: str) -> list[str]:
+    """Return the names of some slices of a generation, smallest first; none if there is no such generation."""
+    name = ALIASES.get(generation.lower(), generation.lower())
+    found = [one.name for one in known_slices().values() if one.generation.name == name]
+    return found if len(found) <= 10 else [*found[:8], "...", found[-1]]
+
+
 def check_slices(one: Slice, slices: int) -> None:
     """Raise `UserError` if there cannot be so many slices of this type in one job."""
     if slices < 1:
@@ -170,6 +177,8 @@ def find_slice(name: str) -> Slice:
     Raises:
         UserError: there is none; the closest is named, and what the numbers of that generation count.
     """
+    if several := re.fullmatch(r"([1-9]\d*) *[x*] *(.+)", name.strip()):
+        raise UserError(f"--on {name}: several slices are given as --on {several[2]} --slices {several[1]}.")
     prefix, _, number = name.strip().lower().partition("-")
     generation = GENERATIONS.get(ALIASES.get(prefix, prefix))
     known = known_slices()

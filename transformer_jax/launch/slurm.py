@@ -15,7 +15,7 @@ from transformer_jax.launch.command import GONE, Command, ask
 from transformer_jax.launch.job import Backend, Job, State
 from transformer_jax.launch.secrets import read_env_file
 from transformer_jax.launch.vendors import explain
-from transformer_jax.launch.worker import TERMINATED, exports, read_env
+from transformer_jax.launch.worker import TERMINATED, TIMED_OUT, exports, read_env
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SUSPENDED")
 
@@ -32,6 +32,8 @@ class Slurm(Backend):
     qos: str = ""
     time: str = ""
     """Time limit, as 24:00:00; that of the partition unless given."""
+    sbatch: tuple[str, ...] = ()
+    """More options of sbatch, as cpus-per-task=12 or mem=0."""
     grace: int = 300
     """Seconds before the limit at which the processes are told to save."""
     retries: int = 10
@@ -70,6 +72,12 @@ class Slurm(Backend):
             raise UserError(f"--time {self.time}: a time limit looks like 24:00:00 or 2-12:00:00.")
         if not 0 < self.grace <= 65535:
             raise UserError(f"--grace must lie in [1, 65535] seconds, got {self.grace}.")
+        for option in self.sbatch:
+            name = option.partition("=")[0]
+            if not re.fullmatch(r"[a-z][a-z-]*(=\S+)?", option):
+                raise UserError(f"--sbatch {option}: an option is given as NAME=VALUE or NAME, without its hyphens.")
+            if name in self._options(job) or name == "requeue":
+                raise UserError(f"--sbatch {option}: `tjax launch` sets {name} itself.")
         if job.secrets:
             raise UserError("SLURM keeps no secrets: put them into a file that only you can read, for --env-file.")
         if job.env_file:
@@ -85,7 +93,8 @@ class Slurm(Backend):
             *job.source.pack(job.folder),
             Command("unpack it where the nodes see it", ("sh", "-c", unpack, code, f"{job.folder}/code.tar.gz")),
             Command(
-                "forget how an earlier job of this name ended", ("rm", "-f", f"{job.folder}/exit", f"{job.folder}/stop")
+                "forget how an earlier job of this name ended",
+                ("rm", "-f", *(f"{job.folder}/{name}" for name in ("exit", "stop", "spent"))),
             ),
             Command("submit the job", ("sbatch", "--parsable", script), {script: self.script(job)}),
         ]
@@ -98,10 +107,9 @@ class Slurm(Backend):
         """Return the number of the job; --parsable prints it, on some clusters with the name of the cluster."""
         return printed.strip().partition(";")[0]
 
-    def script(self, job: Job) -> str:
-        """Return the batch script."""
-        folder = shlex.quote(job.folder)
-        options = {
+    def _options(self, job: Job) -> dict[str, str | int]:
+        """Return the options of sbatch that a launch sets, those left to the cluster as empty."""
+        return {
             "job-name": job.name,
             "nodes": self.nodes,
             "ntasks-per-node": self.gpus_per_node or 1,
@@ -114,20 +122,38 @@ class Slurm(Backend):
             "output": f"{job.folder}/log",
             "open-mode": "append",
         }
-        header = "".join(f"#SBATCH --{name}={value}\n" for name, value in options.items() if value)
+
+    def script(self, job: Job) -> str:
+        """Return the batch script."""
+        folder = shlex.quote(job.folder)
+        options = [f"{name}={value}" for name, value in self._options(job).items() if value] + [*self.sbatch, "requeue"]
+        header = "".join(f"#SBATCH --{option}\n" for option in options)
         own = read_env(str(Path(job.env_file).resolve())) if job.env_file else ""
-        limit = f"timeout --signal=TERM --kill-after={self.grace} {job.seconds} " if job.seconds else ""
+        clock, limit, account = "", "", ""
+        if job.seconds:
+            clock = (
+                "# The cap is that of the job, whatever turns it takes: what they took is noted every minute.\n"
+                f"spent=$(cat {folder}/spent 2> /dev/null || echo 0)\n"
+                f"while sleep 60; do echo $((spent + SECONDS)) > {folder}/spent; done &\n"
+                f"clock=$! left=$(({job.seconds} - spent - SECONDS))\n"
+            )
+            # Every process has its own: srun itself answers SIGTERM by killing them.
+            limit = f"timeout --signal=TERM --kill-after={self.grace} $((left > 0 ? left : 1)) "
+            account = f"kill $clock\necho $((spent + SECONDS)) > {folder}/spent\n"
         setup = f"{job.setup}\n" if job.setup else ""
         return (
-            f"#!/bin/bash\n{header}#SBATCH --requeue\n\n"
+            f"#!/bin/bash\n{header}\n"
             f"trap 'echo $? > {folder}/exit' EXIT\ncd {folder}/code || exit\n{exports(job)}{own}"
             "# The packed tree comes before the one that is installed.\n"
-            f"export PYTHONPATH={folder}/code${{PYTHONPATH:+:$PYTHONPATH}}\n{setup}"
+            f"export PYTHONPATH={folder}/code${{PYTHONPATH:+:$PYTHONPATH}}\n"
+            "# srun takes this number from here, not from sbatch (since SLURM 22.05).\n"
+            '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK\n'
             # Without B: the signal goes to the processes, not to this script. jax.distributed finds its peers itself.
             # Every node must be there and have the same versions, or the job ends here with a line that names it.
-            f"srun --ntasks={self.nodes} --ntasks-per-node=1 python -m transformer_jax.launch.probe --agree || exit\n"
-            f"{limit}srun --label --kill-on-bad-exit=1 {shlex.join(job.command)}\n"
-            "code=$?\n"
+            f"{setup}srun --ntasks={self.nodes} --ntasks-per-node=1 "
+            "python -m transformer_jax.launch.probe --agree || exit\n"
+            f"{clock}srun --label --kill-on-bad-exit=1 {limit}{shlex.join(job.command)}\n"
+            f"code=$?\n{account}"
             "# Told to save because the time was up: go on with a new turn, unless `tjax stop` asked for the end.\n"
             "turns=${SLURM_RESTART_COUNT:-0}\n"
             f"if [ $code = {TERMINATED} ] && [ ! -e {folder}/stop ] && [ $turns -lt {self.retries} ]; then\n"
@@ -152,6 +178,8 @@ class Slurm(Backend):
         code = int(written.read_text(encoding="utf-8"))
         if code == 0:
             return State("done")
+        if code == TIMED_OUT:
+            return State("stopped", "the spend cap is reached", code)
         if code == TERMINATED or Path(job.folder, "stop").exists():
             return State("stopped", "told to stop", code)
         return State("failed", f"a process ended with exit code {code}", code)

@@ -16,7 +16,17 @@ from transformer_jax.launch.job import Job, State
 from transformer_jax.launch.on_slices import OnSlices
 from transformer_jax.launch.slices import check_slices
 from transformer_jax.launch.vendors import explain
-from transformer_jax.launch.worker import HOME, TIMED_OUT, exports, exports_of, read_env, startup
+from transformer_jax.launch.worker import (
+    HOME,
+    LOST,
+    SAVE,
+    SHUTDOWN,
+    TIMED_OUT,
+    exports,
+    exports_of,
+    read_env,
+    startup,
+)
 
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 
@@ -25,6 +35,8 @@ WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 class TpuVm(OnSlices):
     """One or more slices of Cloud TPU."""
 
+    reserved: bool = False
+    """Take the slices from the project's reservation."""
     valid_until: str = ""
     """How long the request may wait, as 6h; for ever unless given."""
     service_account: str = ""
@@ -45,6 +57,10 @@ class TpuVm(OnSlices):
                 f"{self.slice.name} is not offered by the Cloud TPU API, only by GKE and Compute Engine: name a GKE "
                 "cluster with --cluster."
             )
+        if self.spot and self.reserved:
+            raise UserError("--spot and --reserved exclude each other: capacity is spare, or it is reserved.")
+        if not re.fullmatch(r"(\d+[dhms])*", self.valid_until):
+            raise UserError(f"--valid-until {self.valid_until}: a duration looks like 6h, 90m or 1d12h.")
         check_slices(self.slice, self.slices)
         check_cloud(self.project, self.zone, self.bucket)
 
@@ -76,7 +92,7 @@ class TpuVm(OnSlices):
         return [self._delete(job), self._create(job)]
 
     def _create(self, job: Job) -> Command:
-        script = f"{job.folder}/startup.sh"
+        script, shutdown = f"{job.folder}/startup.sh", f"{job.folder}/shutdown.sh"
         create = ["gcloud", "compute", "tpus", "queued-resources", "create", job.name, *self._at]
         if self.slices == 1:
             create.append(f"--node-id={job.name}")
@@ -85,10 +101,10 @@ class TpuVm(OnSlices):
         create += [
             f"--accelerator-type={self.slice.accelerator_type}",
             f"--runtime-version={self.slice.generation.runtime}",
-            f"--metadata-from-file=startup-script={script}",
+            f"--metadata-from-file=startup-script={script},shutdown-script={shutdown}",
             f"--labels=tjax-job={job.name}",
         ]
-        create += ["--spot"] if self.spot else []
+        create += ["--spot"] if self.spot else ["--reserved"] if self.reserved else []
         create += [f"--valid-until-duration={self.valid_until}"] if self.valid_until else []
         create += [f"--service-account={self.service_account}"] if self.service_account else []
         create += [f"--network={self.network}"] if self.network else []
@@ -96,7 +112,7 @@ class TpuVm(OnSlices):
         create += ["--internal-ips"] if self.internal_ip else []
         what = f"{self.times}{self.slice.name} ({self.chips} chips)"
         purpose = f"ask for {what}; every worker runs startup.sh when it comes"
-        return Command(purpose, tuple(create), {script: self._startup(job)})
+        return Command(purpose, tuple(create), {script: self._startup(job), shutdown: SHUTDOWN})
 
     @property
     def _at(self) -> tuple[str, str]:
@@ -151,7 +167,8 @@ class TpuVm(OnSlices):
         codes = {host: int(code) for host, code in re.findall(r"^(\S+) (\d+)$", answer.out, re.M)}
         bad = {host: code for host, code in codes.items() if code not in (0, TIMED_OUT)}
         if bad:
-            host, code = min(bad.items())
+            # Who was lost comes before who noticed it.
+            host, code = min(bad.items(), key=lambda one: (one[1] == LOST, one[0]))
             return State("failed", f"{host} ended with exit code {code}", code)
         if TIMED_OUT in codes.values():
             return State("stopped", "the spend cap is reached", TIMED_OUT)
@@ -187,7 +204,7 @@ class TpuVm(OnSlices):
 
     def stop(self, job: Job, handle: str) -> list[Command]:
         """Let every worker save, then give the slice back."""
-        save = f"sudo kill -TERM $(cat {HOME}/pid) && timeout 300 tail --pid=$(cat {HOME}/pid) -f /dev/null; true"
+        save = f"sudo {SAVE}; true"
         return [
             Command("let every worker save (up to 5 minutes)", (*self._ssh(job, "all"), f"--command={save}")),
             *self.finish(job),
@@ -227,9 +244,13 @@ class TpuVm(OnSlices):
 
 def check_cloud(project: str, zone: str, bucket: str) -> None:
     """Raise `UserError` for what no Google Cloud service could accept."""
-    for name, value in (("project", project), ("zone", zone), ("bucket", bucket)):
-        if not value:
-            raise UserError(f"--{name} is needed to launch on Cloud TPU.")
+    needed = {"project": project, "zone": zone, "bucket": bucket}
+    if missing := [f"--{name}" for name, value in needed.items() if not value]:
+        raise UserError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed to launch on Cloud TPU."
+        )
+    if not re.fullmatch(r"[a-z][a-z0-9.:-]*", project):
+        raise UserError(f"--project {project}: the ID of a project looks like my-project-123; its name will not do.")
     if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", zone):
         raise UserError(f"--zone {zone}: a zone looks like us-central2-b.")
     if not re.fullmatch(r"gs://[a-z0-9][\w.-]+(/[^\s/]+)*", bucket):

@@ -22,6 +22,9 @@ from transformer_jax.logs import say
 PATIENCE = 20
 """Questions in a row that may stay without an answer."""
 
+SLACK = 360
+"""Seconds behind the spend cap in which the machines, which keep it themselves, save and end before we stop them."""
+
 
 def dry_run(job: Job, steps: list[Command]) -> str:
     """Return a shell script that does what `launch` would do, with a comment before every step."""
@@ -110,8 +113,9 @@ def follow(record: Record, retries: int, every: float = 30.0, sleep: Callable[[f
         if line != said:
             say(line)
             said = line
-        most = record.job.budget.most
-        if record.phase == "running" and most and record.cost >= most:
+        budget = record.job.budget
+        most, slack = budget.most, budget.cost(record.job.backend.chips, SLACK)
+        if record.phase == "running" and most and record.cost >= most + slack:
             say(f"{record.job.name}: the spend cap of {most:,.2f} is reached; stopping")
             return end(record, State("stopped", "the spend cap is reached"))
         if record.over:

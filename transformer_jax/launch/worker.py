@@ -8,11 +8,20 @@ from textwrap import indent
 
 from transformer_jax.launch.job import Job
 
-TERMINATED, TIMED_OUT = 143, 124
-"""Exit codes of a process ended by SIGTERM, and by `timeout` at the spend cap."""
+TERMINATED, TIMED_OUT, LOST = 143, 124, 75
+"""Exit codes of a process ended by SIGTERM, by `timeout` at the spend cap, by the loss of another (`pulse.LOST`)."""
 
 HOME = "/opt/tjax"
 """Where a Cloud TPU worker keeps the tree, its packages, its log, and the number of its training process."""
+
+SAVE = f"kill -TERM $(cat {HOME}/pid) && timeout 300 tail --pid=$(cat {HOME}/pid) -f /dev/null"
+"""Lets training save and end."""
+
+SHUTDOWN = f"""\
+#!/bin/bash
+# Runs when the machine is taken away or reboots: systemd does not pass its SIGTERM on to what a start-up script began.
+{SAVE}
+"""
 
 INSTALL = """\
 python3 -m pip install --quiet --target ../uv uv  # the image's own Python is older than this project needs
@@ -40,6 +49,17 @@ def read_env(file: str) -> str:
     )
 
 
+def limited(job: Job, command: str, began: str) -> str:
+    """Return a command that is told to save and end when the job has used up its seconds, and is killed 300 s later.
+
+    `began` is a file with the time of the first start: whatever starts the command again does not start the clock anew.
+    """
+    if not job.seconds:
+        return f"exec {command}"
+    left = f"left=$(({job.seconds} + $(cat {began}) - $(date +%s)))"
+    return f"{left} && exec timeout --signal=TERM --kill-after=300 $((left > 0 ? left : 1)) {command}"
+
+
 def startup(job: Job, launch: str, hosts: int, *, environment: str, give_back: str) -> str:
     """Return the script that every worker of `hosts` runs as root when it boots.
 
@@ -50,11 +70,10 @@ def startup(job: Job, launch: str, hosts: int, *, environment: str, give_back: s
         environment: lines of shell that set the environment.
         give_back: lines of shell that the first worker runs when all have ended.
     """
-    limit = f"timeout --signal=TERM --kill-after=300 {job.seconds} " if job.seconds else ""
     body = {
         "install": job.setup or INSTALL,
         "environment": environment,
-        "train": f"exec {limit}{shlex.join(job.command)}",
+        "train": limited(job, shlex.join(job.command), "../$attempt.began"),
         "give_back": give_back,
     }
     functions = "".join(f"{name}() {{\n{indent(text.rstrip(), '    ')}\n}}\n\n" for name, text in body.items())
@@ -71,6 +90,7 @@ mkdir -p "$home/code"
 cd "$home/code"
 exec >> ../log 2>&1
 [ ! -e "../$attempt.exit" ] || exit 0  # it had ended before this boot
+[ -e "../$attempt.began" ] || date +%s > "../$attempt.began"
 
 ended() {
     code=$?

@@ -43,8 +43,7 @@ cat > runs/jobs/gpt/jobset.json <<'END_OF_FILE'
           "name": "final",
           "action": "FailJobSet",
           "onJobFailureReasons": [
-            "PodFailurePolicy",
-            "DeadlineExceeded"
+            "PodFailurePolicy"
           ]
         }
       ]
@@ -67,7 +66,8 @@ cat > runs/jobs/gpt/jobset.json <<'END_OF_FILE'
                     "containerName": "train",
                     "operator": "In",
                     "values": [
-                      2
+                      2,
+                      124
                     ]
                   }
                 }
@@ -104,7 +104,7 @@ cat > runs/jobs/gpt/jobset.json <<'END_OF_FILE'
                     "command": [
                       "bash",
                       "-c",
-                      "set -o pipefail; gcloud storage cat gs://my-bucket/gpt/launch/code.tar.gz | tar -xz -C /code"
+                      "set -o pipefail; gcloud storage cat gs://my-bucket/gpt/launch/code.tar.gz | tar -xz -C /code && { gcloud storage cat gs://my-bucket/gpt/launch/began/1 > /code/.began || { date +%s > /code/.began && gcloud storage cp /code/.began gs://my-bucket/gpt/launch/began/1; }; }"
                     ],
                     "volumeMounts": [
                       {
@@ -122,7 +122,7 @@ cat > runs/jobs/gpt/jobset.json <<'END_OF_FILE'
                     "command": [
                       "bash",
                       "-c",
-                      "version=$(python -c 'import sys; print(\"%d%d\" % sys.version_info[:2])') && pip install --quiet --constraint constraints/py$version.txt --editable '.[tpu]' && python -m transformer_jax.launch.probe --agree && exec tjax train gpt2_124m --out there"
+                      "version=$(python -c 'import sys; print(\"%d%d\" % sys.version_info[:2])') && pip install --quiet --constraint constraints/py$version.txt --editable '.[tpu]' && python -m transformer_jax.launch.probe --agree && left=$((7200 + $(cat /code/.began) - $(date +%s))) && exec timeout --signal=TERM --kill-after=300 $((left > 0 ? left : 1)) tjax train gpt2_124m --out there"
                     ],
                     "env": [
                       {
@@ -164,8 +164,7 @@ cat > runs/jobs/gpt/jobset.json <<'END_OF_FILE'
                   }
                 ]
               }
-            },
-            "activeDeadlineSeconds": 7200
+            }
           }
         }
       }

@@ -31,7 +31,7 @@ environment() {
 }
 
 train() {
-    exec timeout --signal=TERM --kill-after=300 7200 tjax train gpt2_124m --out there
+    left=$((7200 + $(cat ../$attempt.began) - $(date +%s))) && exec timeout --signal=TERM --kill-after=300 $((left > 0 ? left : 1)) tjax train gpt2_124m --out there
 }
 
 give_back() {
@@ -45,6 +45,7 @@ mkdir -p "$home/code"
 cd "$home/code"
 exec >> ../log 2>&1
 [ ! -e "../$attempt.exit" ] || exit 0  # it had ended before this boot
+[ -e "../$attempt.began" ] || date +%s > "../$attempt.began"
 
 ended() {
     code=$?
@@ -88,6 +89,12 @@ while kill -0 $child 2> /dev/null; do  # a signal ends `wait` early
 done
 exit $code
 END_OF_FILE
+mkdir -p runs/jobs/gpt
+cat > runs/jobs/gpt/shutdown.sh <<'END_OF_FILE'
+#!/bin/bash
+# Runs when the machine is taken away or reboots: systemd does not pass its SIGTERM on to what a start-up script began.
+kill -TERM $(cat /opt/tjax/pid) && timeout 300 tail --pid=$(cat /opt/tjax/pid) -f /dev/null
+END_OF_FILE
 gcloud compute tpus queued-resources create gpt \
     --project=my-project \
     --zone=us-west4-a \
@@ -95,6 +102,6 @@ gcloud compute tpus queued-resources create gpt \
     --node-prefix=gpt \
     --accelerator-type=v5litepod-16 \
     --runtime-version=v2-alpha-tpuv5-lite \
-    --metadata-from-file=startup-script=runs/jobs/gpt/startup.sh \
+    --metadata-from-file=startup-script=runs/jobs/gpt/startup.sh,shutdown-script=runs/jobs/gpt/shutdown.sh \
     --labels=tjax-job=gpt \
     --spot
