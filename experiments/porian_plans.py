@@ -181,8 +181,8 @@ def _home() -> _Scale:
         _bundled(rows=16, validation_rows=96, warmup=300),
         (8, 12, 16, 24, 32, 48, 64),
         (4e10, 1.2e11, 4e11),
-        # As the transfer of rates has it: 0.032 at width 32, 0.004 at 128; less for runs that do not decay.
-        lambda width: Tuned(peak=1.2e-2 * (32 / width), rows=4 if width < 32 else 8, b2=0.99),
+        # What was best of `porian_ladder_rates`, at widths 12 and 32; rows of the larger ones are not tuned.
+        lambda width: Tuned(peak=1e-2, rows=4 if width <= 32 else 8, b2=0.99),
         FOUR_EPOCHS,
     )
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.tiny import write_pairs
 from transformer_jax.cli import main
+from transformer_jax.cli.translation import _means
+from transformer_jax.cli.verb import out
 
 TINY = """\
 from tests.tiny import small
@@ -186,3 +188,15 @@ def test_file_that_is_not_utf8_names_its_line(tjax, run, tmp_path):
     code, _, err = tjax("translate", run, "--file", path)
     assert code == 2
     assert f"{path}:2: not UTF-8" in err
+
+
+def test_every_score_is_printed_above_its_floors(capsys):
+    entry = {"value": 0.5, "interval": [0.25, 0.75]}
+    floors = {f"a floor with a long name {i}": {"accuracy": entry} for i in range(9)}
+    out().print(
+        _means({"scores": {"accuracy": entry, "nll": {"value": 1.0, "interval": None}}, "floors": floors}, "run")
+    )
+    title, _, first, *rest, last = capsys.readouterr().out.splitlines()
+    assert (title.split(), first.split()) == (["run"], ["accuracy", "model", "0.5000", "0.2500", "to", "0.7500"])
+    assert [line.strip().partition("  ")[0] for line in rest] == list(floors)
+    assert last.split() == ["nll", "model", "1.0000"]

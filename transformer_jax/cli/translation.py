@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.table import Column, Table
+from rich.table import Table
 
 from transformer_jax import verbs
 from transformer_jax.attention_page import Heads
@@ -126,21 +126,19 @@ def _evaluate(run: str, options: EvaluateOptions) -> int:
 
 
 def _means(report: dict[str, Any], title: str) -> Table:
-    """What a run that is no translator scores, beside its floors."""
-    columns = {"model": report["scores"]} | report["floors"]
-    table = Table(Column("held out", no_wrap=True, min_width=8), title=title, box=None, pad_edge=False)
-    for name, scores in columns.items():
+    """What a run that is no translator scores, each score above its floors."""
+    table = Table("held out", "", title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("value", "95 %"):
         table.add_column(name, justify="right", no_wrap=True)
-        if any(entry["interval"] for entry in scores.values()):
-            table.add_column("95 %", justify="right", no_wrap=True)
     for score in (name for name in report["scores"] if not numbered(name)):
-        cells = []
-        for scores in columns.values():
-            entry = scores.get(score)
-            cells.append(f"{entry['value']:.4f}" if entry else "")
-            if any(other["interval"] for other in scores.values()):
-                cells.append("{:.4f} to {:.4f}".format(*entry["interval"]) if entry and entry["interval"] else "")
-        table.add_row(score, *cells)
+        entries = {"model": report["scores"][score]}
+        entries |= {floor: scores[score] for floor, scores in report["floors"].items() if score in scores}
+        for name, entry in entries.items():
+            interval = "{:.4f} to {:.4f}".format(*entry["interval"]) if entry["interval"] else ""
+            first = name == "model"
+            table.add_row(
+                score if first else "", name, f"{entry['value']:.4f}", interval, style="bold" if first else ""
+            )
     return table
 
 

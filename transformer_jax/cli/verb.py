@@ -124,5 +124,5 @@ def lines_of(file: str) -> Iterator[str]:
 
 
 def out() -> Console:
-    """Return a console for results."""
-    return Console(highlight=False, soft_wrap=True)
+    """Return a console for results; what goes to a file or another program is not cut to a width."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
