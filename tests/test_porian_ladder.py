@@ -56,7 +56,8 @@ def changed(before: str, after: str) -> set[str]:
             {
                 *("name", "optim.b2", "optim.schedule.kind", "optim.schedule.peak", "optim.schedule.steps"),
                 # Smaller batches, so more steps to the same budget.
-                *("data.batch_rows", "train.steps", "train.eval_every", "train.save_every", "optim.schedule.warmup"),
+                *("data.batch_rows", "data.rows_multiple", "train.steps", "train.eval_every", "train.save_every"),
+                "optim.schedule.warmup",
             },
         ),
     ],
