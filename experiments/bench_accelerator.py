@@ -187,14 +187,13 @@ def _small(row: Row) -> Row:
     request: Request | Peers
     if isinstance(row.request, Peers):
         prompted = row.request.prompted and Prompted(8, 4)
-        request = replace(row.request, batch=(8,), length=16, prompted=prompted, budget=0.1, variants=_UNCOMPILED)
-        if prompted:
-            request = replace(request, length=0, variants=("dynamic",))
+        length, variants = min(row.request.length, 16), ("dynamic",) if prompted else _UNCOMPILED
+        request = replace(row.request, batch=(8,), length=length, prompted=prompted, budget=0.1, variants=variants)
     else:
         request = replace(
             row.request,
             batch=row.request.batch if row.request.what == "decode" else (8,),
-            length=row.request.length if len(row.request.length) > 1 else (16,),
+            length=row.request.length if len(row.request.length) > 1 else (16,) * len(row.request.length),
             prompted=Prompted(8, 4, row.request.prompted.weights),
             layers=(1, 3)[: len(row.request.layers)],
             effort=replace(row.request.effort, budget=0.1, width=0.5),
