@@ -224,6 +224,7 @@ def test_no_beam_count_beats_the_exhaustive_one(alpha: float) -> None:
     assert np.any(one < everything - 0.01), "an easy case: nothing was tested"
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("search", [greed, functools.partial(beam, beams=1), functools.partial(beam, beams=3)])
 def test_a_batch_is_its_sentences_one_by_one(model: str, search: Any) -> None:
