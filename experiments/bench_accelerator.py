@@ -36,6 +36,7 @@ from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.objectives import CausalLM
 from transformer_jax.provenance import provenance
 from transformer_jax.report import table
+from transformer_jax.storage import whole
 
 Point = dict[str, Any]
 
@@ -279,9 +280,8 @@ def _failed(piece: Request | Peers, why: str) -> Point:
 
 def _write(file: Path, results: dict[str, Any]) -> None:
     """Write in one go, so that a run that is killed leaves what there was."""
-    new = file.with_suffix(".new")
-    new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    new.replace(file)
+    with whole(file) as scratch:
+        scratch.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def _run(row: Row, piece: Request | Peers, python: str) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from transformer_jax.bench.batches import sized
+from transformer_jax.bench.batches import context_of, sized
 from transformer_jax.bench.train import step_seconds
-from transformer_jax.config import Experiment, flatten
+from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
 from transformer_jax.evaluate import parallel_text, scores_of
 from transformer_jax.logs import read_metrics, say
@@ -87,7 +87,7 @@ def compare(
     texts = {c.name: c.hypotheses for c in contestants} | {name: [floor] for name, floor in floors.items()}
     results = {name: [scores_of(h, references, data.target) for h in each] for name, each in texts.items()}
     by_length = _by_length(contestants, test, data.target)
-    speed = {e.name: {t: _speed(e, t, tokens) for t in lengths if has_room(e, t)} for e in experiments}
+    speed = {e.name: {t: _speed(e, t, tokens) for t in lengths if t <= context_of(e)} for e in experiments}
     _draw(contestants, by_length, speed, out)
     figures = {
         "scores": results,
@@ -140,11 +140,6 @@ def _by_length(contestants: list[Contestant], test: list[Pair], language: str) -
         "sentences": [len(rows) for rows in members],
         "bleu": {c.name: [scores(h) for h in c.hypotheses] for c in contestants},
     }
-
-
-def has_room(experiment: Experiment, length: int) -> bool:
-    """Whether the model reads rows of that length; one without learned positions reads any."""
-    return length <= dict(flatten(experiment)).get("model.context", length)
 
 
 def _speed(experiment: Experiment, length: int, tokens: int) -> float:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,3 +114,11 @@ def written_here(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder) / path.name
         upload(Path(folder), path.parent)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a path to write to, of which `path` is made at the end: whole or not at all, whoever else writes it too."""
+    scratch = path.with_name(f"incomplete.{uuid.uuid4().hex}.{path.name}")
+    yield scratch
+    scratch.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -37,14 +38,21 @@ def sized(experiment: Experiment, rows: int = 0, length: int = 0) -> Experiment:
         raise UserError(f"--batch and --length must be at least 1, got {rows} and {length}.")
     if rows or length:
         experiment = replace(experiment, data=_resized(experiment.data, rows, length))
-    context, shapes = dict(flatten(experiment)).get("model.context"), shapes_of(experiment)
+    context, shapes = context_of(experiment), shapes_of(experiment)
     longest = 2 * length_of(shapes) - 1 if "values" in shapes else length_of(shapes)  # x_1, y_1, ..., x_P
-    if context is not None and longest > context:
+    if longest > context:
         raise UserError(
             f"--length {length_of(shapes)} is more than model.context={context} has room for: add --model.context "
             f"{longest}."
         )
     return experiment
+
+
+def context_of(experiment: Experiment) -> float:
+    """Return the most positions that the model reads at once; infinite where nothing bounds them."""
+    context = dict(flatten(experiment)).get("model.context", math.inf)
+    assert isinstance(context, int | float)
+    return context
 
 
 def _resized(data: DataConfig, rows: int, length: int) -> DataConfig:

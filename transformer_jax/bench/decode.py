@@ -13,11 +13,11 @@ import numpy as np
 from jax.extend import core
 from numpy.typing import NDArray
 
-from transformer_jax.bench.batches import RESERVED, rows_of, shapes_of
+from transformer_jax.bench.batches import RESERVED, context_of, rows_of, shapes_of
 from transformer_jax.bench.ceilings import Ceilings
 from transformer_jax.bench.timing import Timing, repeat
 from transformer_jax.bench.train import Effort
-from transformer_jax.config import Experiment, flatten
+from transformer_jax.config import Experiment
 from transformer_jax.decoding import TURNS, Decoding
 from transformer_jax.errors import UserError
 from transformer_jax.models import GPTConfig, LanguageModelConfig, RNNLMConfig
@@ -157,7 +157,7 @@ def check_prompted(experiment: Experiment, prompted: Prompted) -> None:
     if not _continues(experiment):
         if not isinstance(experiment.objective, Seq2Seq):
             raise UserError(f"{experiment.name} writes nothing: --what decode takes a language model or a translator.")
-    elif prompted.prompt + prompted.new > (context := dict(flatten(experiment))["model.context"]):
+    elif prompted.prompt + prompted.new > (context := context_of(experiment)):
         raise UserError(f"--prompt {prompted.prompt} and --new {prompted.new} are more than model.context={context}.")
 
 

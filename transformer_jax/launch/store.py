@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformer_jax.launch.local import Local
 from transformer_jax.launch.slices import Slice, find_slice
 from transformer_jax.launch.slurm import Slurm
 from transformer_jax.launch.tpu_vm import TpuVm
+from transformer_jax.storage import whole
 
 JOBS = Path("runs") / "jobs"
 BACKENDS: dict[str, type[Backend]] = {"tpu-vm": TpuVm, "gke": Gke, "slurm": Slurm, "local": Local}
@@ -74,9 +74,8 @@ class Record:
         """Write it, whole or not at all."""
         path = Path(self.job.folder) / "job.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(_converter().unstructure(self), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with whole(path) as scratch:
+            scratch.write_text(json.dumps(_converter().unstructure(self), indent=2) + "\n", encoding="utf-8")
 
 
 def load(name: str, folder: Path = JOBS) -> Record:

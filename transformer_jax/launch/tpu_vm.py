@@ -18,7 +18,6 @@ from transformer_jax.launch.slices import check_slices
 from transformer_jax.launch.vendors import explain
 from transformer_jax.launch.worker import (
     HOME,
-    LOST,
     SAVE,
     SHUTDOWN,
     TIMED_OUT,
@@ -27,6 +26,7 @@ from transformer_jax.launch.worker import (
     read_env,
     startup,
 )
+from transformer_jax.pulse import LOST
 
 WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
 

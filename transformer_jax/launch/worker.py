@@ -8,8 +8,8 @@ from textwrap import indent
 
 from transformer_jax.launch.job import Job
 
-TERMINATED, TIMED_OUT, LOST = 143, 124, 75
-"""Exit codes of a process ended by SIGTERM, by `timeout` at the spend cap, by the loss of another (`pulse.LOST`)."""
+TERMINATED, TIMED_OUT = 143, 124
+"""Exit codes of a process ended by SIGTERM, and by `timeout` at the spend cap."""
 
 HOME = "/opt/tjax"
 """Where a Cloud TPU worker keeps the tree, its packages, its log, and the number of its training process."""

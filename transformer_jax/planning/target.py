@@ -170,8 +170,6 @@ def find_target(name: str, slices: int = 1) -> Target:
     Raises:
         UserError: there is none; the closest is named.
     """
-    if several := re.fullmatch(r"([1-9]\d*) *[x*] *(.+)", name.strip()):
-        raise UserError(f"--on {name}: several slices are given as --on {several[2]} --slices {several[1]}.")
     kind, _, number = name.strip().lower().rpartition("-")
     gpus = {chip.name: chip for chip in CHIPS if chip.platform == "gpu"}
     if kind in gpus and re.fullmatch("[1-9][0-9]*", number):

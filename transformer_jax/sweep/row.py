@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from transformer_jax.hardware import utilisation
 from transformer_jax.logs import read_metrics
 from transformer_jax.provenance import provenance
 from transformer_jax.scaling.runs import Run
+from transformer_jax.storage import whole
 from transformer_jax.sweep.counts import CONVENTION, counts
 
 FILE = "row.json"
@@ -110,14 +108,6 @@ def curve(row: Run, run: Path) -> list[Run]:
         )  # fmt: skip
 
     return [*(at(record) for record in records[:-1] if record["step"] < steps), row]
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a path to write to, of which `path` is made at the end: whole or not at all, whoever else writes it too."""
-    scratch = path.with_name(f"incomplete.{uuid.uuid4().hex}.{path.name}")
-    yield scratch
-    scratch.replace(path)
 
 
 def write_row(row: Run, run: Path) -> None:

@@ -23,10 +23,11 @@ from transformer_jax.logs import say
 from transformer_jax.loop import run_training
 from transformer_jax.provenance import provenance
 from transformer_jax.scaling.runs import Run, write_runs
+from transformer_jax.storage import whole
 from transformer_jax.sweep.board import Board
 from transformer_jax.sweep.cost import Speed, announce, costs, measured, summary, where_measured
 from transformer_jax.sweep.counts import step_flops
-from transformer_jax.sweep.row import curve, failed, finished, forget_row, planned, read_row, whole, write_row
+from transformer_jax.sweep.row import curve, failed, finished, forget_row, planned, read_row, write_row
 from transformer_jax.sweep.trunk import Family, families, fork
 
 
