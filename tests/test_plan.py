@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +13,31 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from tests.test_plan_hlo import B, D, F, L, T, V, bert, gpt, transformer
+from tests.test_plan_hlo import B, D, F, L, Step, T, V, bert, gpt, transformer
 from transformer_jax.cli import main
-from transformer_jax.config import ComputeConfig, MeshConfig, TrainConfig
+from transformer_jax.cli.planning import VERBS, PlanOptions
+from transformer_jax.cli.verb import parse
+from transformer_jax.config import ComputeConfig, MeshConfig, ScheduleConfig, TrainConfig
 from transformer_jax.errors import UserError
+from transformer_jax.kernels.blockwise import BLOCK
 from transformer_jax.nn.moe import ExpertsConfig
 from transformer_jax.planning.collectives import Collective
 from transformer_jax.planning.compiler import OutOfMemory, _out_of_memory
 from transformer_jax.planning.estimate import estimate
 from transformer_jax.planning.layouts import WHOLE
 from transformer_jax.planning.planner import plan as plan_any
-from transformer_jax.planning.remedies import ENOUGH, dividing, meshes, overrides_of, remedies, smaller
+from transformer_jax.planning.remedies import ENOUGH, meshes, remedies, smaller
 from transformer_jax.planning.roofline import as_groups, link_of, roofline
+from transformer_jax.planning.rows import dividing, overrides_of
 from transformer_jax.planning.target import find_target
 from transformer_jax.planning.trace import trace
+from transformer_jax.planning.traced import estimated, expected
 from transformer_jax.recipes import find_recipe
 from transformer_jax.train import Trainer
 
 plan = partial(plan_any, compile=False)
 V5E8 = find_target("v5e-8")
+GOLDEN = sorted((Path(__file__).parent / "golden" / "plan").glob("*.json"))
 
 
 def silent(_: str) -> None:
@@ -103,20 +110,89 @@ def test_a_kernel_counts_what_it_says_and_is_not_looked_into():
     assert found.traffic >= 2 * 8 * 128 * 4
 
 
-def test_the_heads_of_a_kernel_are_divided_too():
+@pytest.mark.parametrize("attention", ["splash", "blockwise"])
+def test_the_heads_of_a_kernel_are_divided_too(attention):
     def computed(**mesh):
         long = gpt(**mesh)
         model, data = replace(long.model, context=640), replace(long.data, context=640)
-        return plan(replace(long, model=model, data=data), V5E8).computed_flops
+        compute = replace(long.compute, attention=attention)
+        return plan(replace(long, model=model, data=data, compute=compute), V5E8).computed_flops
 
     assert computed(data=4, tensor=2) == computed(data=8)
+
+
+def test_summands_are_added_up_before_devices_exchange_them():
+    """What each device has of two products with divided rows is one exchange, and so is a row of a divided table."""
+
+    def run(x, v, w, table, ids):
+        return jnp.tanh((x @ v).reshape(8, 2, 8) + (x @ w).reshape(8, 2, 8)), jnp.sin(table[ids])
+
+    shapes = [(8, 16), (16, 16), (16, 16), (32, 24)]
+    closed = jax.make_jaxpr(run)(*map(jnp.ones, shapes), jnp.arange(5))
+    rows = frozenset({(0, "tensor")})
+    program = trace(closed, [frozenset({(1, "tensor")}), rows, rows, rows, WHOLE], {}, frozenset(), product=4)
+    found = estimate(program, {"tensor": 2}, frozenset()).exchanges
+    assert sorted((e.kind, e.axis, e.bytes, e.times) for e in found) == [
+        ("all-reduce", "tensor", 4 * 5 * 24, 1),
+        ("all-reduce", "tensor", 4 * 8 * 16, 1),
+    ]
+
+
+def test_a_layer_is_summed_twice_on_the_way_there_and_twice_on_the_way_back():
+    """Along tensor, as in Megatron (Shoeybi 2019, section 3). Once more for the embedding and for the logits."""
+    found = plan(gpt(data=4, tensor=2), V5E8)
+    moved = {(m.kind, m.axes): m.bytes for m in found.moves}
+    stream = 4 * (B // 4) * T * D
+    assert moved["all-reduce", "tensor"] == pytest.approx((4 * L + 2) * stream, rel=0.02)
+
+
+def test_what_a_forward_pass_keeps_is_no_gradient_whatever_its_shape():
+    def run(x):
+        return jax.lax.scan(lambda c, _: (c * 2, c * 3), x, None, length=3)
+
+    closed = jax.make_jaxpr(run)(jnp.ones((8, 16)))
+    like = {(3, 8, 16): frozenset({(1, "tensor")})}
+    assert trace(closed, [WHOLE], like, frozenset(), product=4).outputs[1].layout == WHOLE
+
+
+def test_of_an_array_that_is_sliced_the_slice_is_moved():
+    def run(x, y, i):
+        part = jax.lax.dynamic_slice_in_dim(x, i, 8) @ y
+        return jax.lax.dynamic_update_slice_in_dim(x, part, i, 0)
+
+    closed = jax.make_jaxpr(run)(jnp.ones((1024, 16)), jnp.ones((16, 16)), 3)
+    program = trace(closed, [WHOLE] * 3, {}, frozenset(), product=4)
+    found = estimate(program, {}, frozenset()).traffic
+    slices = 4 * (8 * 16 + 16 * 16 + 8 * 16) + 2 * 4 * 8 * 16
+    handed_out = 2 * 4 * 1024 * 16
+    assert slices <= found - handed_out <= slices + 16
 
 
 def test_positions_are_divided_too():
     """Each of eight devices has a share of the work, whole rows or not."""
     whole, divided = plan(gpt(data=8), V5E8), plan(gpt(data=4, context=2), V5E8)
     assert divided.memory.activations < 1.2 * whole.memory.activations
-    assert ("all-reduce", "context") in {(move.kind, move.axes) for move in divided.moves}
+    assert ("all-reduce", "data+context") in {(move.kind, move.axes) for move in divided.moves}
+
+
+def test_the_estimate_knows_what_travels_around_a_ring():
+    """Keys, values and their masks, forward and back, and again for what is recomputed: as the compiler has it."""
+    experiment = replace(gpt(data=2, context=4), compute=ComputeConfig(layers="scan", remat="full"))
+    (guess,) = [m for m in plan(experiment, V5E8).moves if m.kind == "collective-permute"]
+    step = Step(experiment)
+    assert guess.axes == "context"
+    assert sum(c.times for c in step.along("collective-permute", "context")) == guess.calls
+    assert step.moved("collective-permute", "context") == guess.bytes
+
+
+def test_a_ring_is_as_fast_as_one_link():
+    """It goes one way, though links go both, and neighbours are next to each other."""
+    target = find_target("v5e-16")
+    base = gpt(data=4, context=4)
+    base = replace(base, model=replace(base.model, context=4 * T), data=replace(base.data, context=4 * T))
+    trainer = Trainer.of(base, target.stand_ins())
+    around = [c for c in expected(trainer, estimated(trainer)) if c.kind == "collective-permute"]
+    assert {link_of(target, trainer.mesh, c.groups).bandwidth for c in around} == {target.chip.link}
 
 
 def test_collectives_follow_the_layout():
@@ -128,7 +204,48 @@ def test_collectives_follow_the_layout():
     assert ("all-reduce", "tensor") in kinds(data=4, tensor=2)
     assert not any("tensor" in axes for _, axes in kinds(data=1, fsdp=8))
     moved = {(m.kind, m.axes): m.bytes for m in plan(gpt(data=8), V5E8).moves}
-    assert moved["all-reduce", "data"] == 4 * plan(gpt(data=8), V5E8).parameters
+    assert moved["all-reduce", "data"] == 4 * (plan(gpt(data=8), V5E8).parameters + V * D), "a tied table has two sums"
+
+
+@pytest.mark.parametrize(("chunk", "accumulate"), [(0, 1), (8, 1), (8, 2)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_rows_that_were_looked_up_are_summed_in_float32(tied, chunk, accumulate):
+    """Those of products in their precision; a tied table has both, inside of loops as outside."""
+    base = gpt(data=4)
+    found = plan(
+        replace(
+            base,
+            model=replace(base.model, tied=tied),
+            objective=replace(base.objective, chunk=chunk),
+            train=replace(base.train, accumulate=accumulate),
+            compute=ComputeConfig(layers="scan", dtype="bfloat16"),
+        ),
+        find_target("v5e-4"),
+    )
+    (move,) = found.moves
+    tables = V * D + T * D
+    products = found.parameters - T * D - (0 if tied else V * D)
+    assert move.bytes == accumulate * (4 * tables + 2 * products)
+
+
+def test_gradients_of_experts_are_summed_in_float32():
+    base = gpt(data=2, expert=2)
+    model = replace(base.model, experts=ExpertsConfig(count=6, chosen=2, group=T))
+    compute = ComputeConfig(layers="scan", dtype="bfloat16")
+    found = plan(replace(base, model=model, compute=compute), find_target("v5e-4"))
+    moved = {(m.kind, m.axes): m.bytes for m in found.moves}
+    assert moved["all-reduce", "data"] == 4 * L * 6 // 2 * (2 * D * F + F + D + D), "and of the router"
+
+
+@pytest.mark.parametrize("windows", [(), (0, 8)])
+def test_a_pass_gathers_a_weight_once(windows):
+    """For the forward pass, and for recomputation and gradients together; layers that come in pairs, each its own."""
+    base = gpt(data=1, fsdp=8)
+    model = replace(base.model, layers=4, windows=windows)
+    found = plan(replace(base, model=model, compute=ComputeConfig(layers="scan", remat="full")), V5E8)
+    (gather,) = [m for m in found.moves if m.kind == "all-gather"]
+    matrices = 4 * (4 * D * D + 2 * D * F) + V * D
+    assert gather.bytes == 2 * 4 * matrices
 
 
 @pytest.mark.parametrize(("width", "gathers"), [(8 * 128, "all-gather"), (8 * 64, "all-reduce")])
@@ -191,6 +308,14 @@ def test_a_precision_without_a_published_peak_has_no_step_time():
     nothing = roofline(target, None, flops=1e12, traffic=1, found=[], dtype="float8")
     assert nothing.compute is None
     assert nothing.step is None
+
+
+def test_a_gpu_reads_what_it_adds_up():
+    """A TPU adds while it computes the summands."""
+    closed = jax.make_jaxpr(lambda x, w: (x @ w).sum(-1))(jnp.ones((8, 16)), jnp.ones((16, 128)))
+    program = trace(closed, [WHOLE] * 2, {}, frozenset(), product=4)
+    tpu, gpu = (estimate(program, {}, frozenset(), tpu=tpu).traffic for tpu in (True, False))
+    assert gpu - tpu == 4 * 8 * 128
 
 
 def test_an_estimate_for_gpus_needs_no_cudnn():
@@ -260,6 +385,20 @@ def test_meshes_are_ranked_and_all_divide():
     assert steps == sorted(steps)
 
 
+def test_meshes_divide_positions_while_a_device_has_a_block_of_them():
+    target = find_target("v5e-4")
+
+    def contexts(experiment):
+        trials = meshes(experiment, target, compile=False, tries=0, say=silent)
+        return {trial.plan.mesh["context"] for trial in trials}
+
+    base = gpt(data=4)
+    long = replace(base, model=replace(base.model, context=2 * BLOCK), data=replace(base.data, context=2 * BLOCK))
+    assert contexts(base) == {1}
+    assert contexts(long) == {1, 2}
+    assert contexts(replace(long, compute=replace(long.compute, attention="xla"))) == {1}, "it sees whole rows"
+
+
 def test_meshes_divide_experts_too():
     base = gpt(data=4)
     mixture = replace(base, model=replace(base.model, experts=ExpertsConfig(count=6, chosen=2, group=T)))
@@ -269,11 +408,19 @@ def test_meshes_divide_experts_too():
 
 
 def test_overrides_of_a_mesh_include_what_makes_it_divide():
-    small = replace(gpt(data=8), data=replace(gpt().data, batch_rows=32, rows_multiple=2, ramp=((4, 5), (16, 7))))
+    """Every stage of a ramp stays, and what is counted in steps is where as many rows have been read."""
+    small = replace(
+        gpt(data=8),
+        data=replace(gpt().data, batch_rows=32, rows_multiple=2, ramp=((4, 8), (16, 7))),
+        train=TrainConfig(steps=40),
+        optim=replace(gpt().optim, schedule=ScheduleConfig(kind="cosine", warmup=4, steps=35)),
+    )
     changed = dividing(replace(small, mesh=MeshConfig(data=1, fsdp=16)), find_target("v5e-16"))
     assert overrides_of(small, changed) == (
-        "--data.rows-multiple 16 --data.ramp 16 7 --train.steps 8 --mesh.data 1 --mesh.fsdp 16"
+        "--data.rows-multiple 16 --data.ramp 16 9 --optim.schedule.warmup 1 --optim.schedule.steps 29 "
+        "--train.steps 34 --mesh.data 1 --mesh.fsdp 16"
     )
+    changed.check()
 
 
 @pytest.mark.parametrize(
@@ -318,6 +465,26 @@ def test_a_wrong_mesh_is_refused_as_in_training(mesh, says):
         plan(gpt(**mesh), V5E8)
 
 
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_the_estimate_is_near_what_the_compiler_said(path):
+    """Of the golden plans, whose compiler is not needed for it."""
+    was = json.loads(path.read_text(encoding="utf-8"))
+    options = parse(PlanOptions, VERBS["plan"].default(was["recipe"]), was["overrides"].split(), "tjax plan")
+    guess = plan(options.experiment, find_target(was["on"], was.get("slices", 1)))
+    assert guess.memory.total == pytest.approx(was["memory"], rel=0.15)
+
+    def moved(*kinds: str) -> tuple[int, int]:
+        told = sum(amounts["bytes"] for kind, amounts in was["collectives"].items() if kind.startswith(kinds))
+        return sum(move.bytes for move in guess.moves if move.kind in kinds), told
+
+    guessed, told = moved("all-gather")
+    assert guessed == pytest.approx(told, rel=0.12, abs=2**24)
+    guessed, told = moved("all-to-all")
+    assert guessed == pytest.approx(told, rel=0.01, abs=2**27)
+    guessed, told = moved("all-reduce", "reduce-scatter")  # which of them is the compiler's choice
+    assert guessed == pytest.approx(told, rel=0.2 if guess.mesh["expert"] == 1 else 0.35)
+
+
 def test_the_published_vocabulary_cannot_be_divided():
     experiment = replace(find_recipe("gpt2_124m"), mesh=MeshConfig(data=2, tensor=4))
     with pytest.raises(UserError, match="mesh tensor=4 does not divide V=50257"):
@@ -358,6 +525,24 @@ def test_what_does_not_fit_is_one_line_and_exit_code_2(capsys):
     assert last.startswith("tjax: gpt2_1558m does not fit v5e-256: ")
     assert "GiB a device of 15.75 (estimate). These do: --" in last
     assert "--mesh.fsdp" in last
+
+
+@pytest.mark.parametrize(
+    ("words", "sets"),
+    [
+        # The batch itself has too few rows.
+        (("bert_large", "--on", "v4-1024"), "--data.batch-rows 512 --data.rows-multiple 512"),
+        # A ramp that begins with 16 rows, and a model that does not fit without fsdp.
+        (("gpt3_13b", "--on", "v5p-128"), "--data.rows-multiple 64 --data.ramp 64 30518 128 5086 256 2543 512 1272"),
+    ],
+)
+def test_rows_that_cannot_be_divided_are_refused_once_with_a_command_that_works(capsys, words, sets):
+    code, out, err = run(capsys, *words, "--estimate")
+    assert (code, out) == (2, "")
+    refusal, _, command = err.strip().splitlines()[-1].partition(": tjax plan ")
+    assert refusal.startswith(f"tjax: {words[0]} has batches of a multiple of data.rows_multiple=")
+    assert sets in command
+    assert run(capsys, *command.split(), "--estimate")[0] == 0
 
 
 def test_a_search_names_the_command_of_the_best(capsys):

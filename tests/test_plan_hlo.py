@@ -226,6 +226,7 @@ def test_what_runs_between_start_and_end_hides_a_collective():
         ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, d", [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ("replica_groups=mesh['a'=2,'b'=4] {'b','a'}, x", [[0, 4, 1, 5, 2, 6, 3, 7]]),
         ("source_target_pairs={{0,1},{1,0}}, metadata={}", [[0, 1], [1, 0]]),
+        ("source_target_pairs={{0,0},{1,3},{3,3}}, metadata={}", [[1, 3]]),
     ],
 )
 def test_every_notation_of_groups(text, groups):

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from transformer_jax import compilation_cache
+from transformer_jax import compilation_cache, heap
 from transformer_jax.cli import (
     benchmarks,
     exchange,
@@ -79,4 +79,5 @@ def _run(argv: list[str]) -> int:
     if name not in VERBS:
         raise UserError(f"there is no verb '{name}'.{closest(name, VERBS)} `tjax --help` lists them.")
     compilation_cache.keep()
+    heap.keep()
     return VERBS[name].call(name, rest)

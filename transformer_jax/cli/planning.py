@@ -9,13 +9,15 @@ from typing import Any
 import jax
 
 from transformer_jax.cli.verb import Tree, Verb, experiment_of, out
+from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
 from transformer_jax.logs import print_json, say
 from transformer_jax.planning.compiler import OutOfMemory
 from transformer_jax.planning.plan import Plan
 from transformer_jax.planning.planner import plan
-from transformer_jax.planning.remedies import Trial, meshes, overrides_of, remedies
+from transformer_jax.planning.remedies import Trial, meshes, remedies
 from transformer_jax.planning.report import GIB, show, show_ranking
+from transformer_jax.planning.rows import dividing, overrides_of, parts_of, roomy
 from transformer_jax.planning.target import Target, find_target
 
 CLOSE = 1.15
@@ -59,6 +61,9 @@ def _plan(name: str, options: PlanOptions) -> int:
     target = find_target(options.on, options.slices)
     if options.search:
         return _search(name, options, target)
+    options.experiment.check()
+    if options.experiment.data.rows_multiple % parts_of(options.experiment, target):
+        raise _undivided(name, options, target)
     if not options.estimate and target.compile_devices() is not None:
         say(f"compiling for {target.label}: a minute or two, or some seconds if it does not fit")
     found = plan(options.experiment, target, compile=not options.estimate)
@@ -78,15 +83,40 @@ def _search(name: str, options: PlanOptions, target: Target) -> int:
     else:
         show_ranking(trials[:SHOWN], out())
     best = trials[0]
-    found = best.estimate.experiment
-    wanted = replace(options.experiment, mesh=found.mesh, data=found.data, train=found.train)
-    command = f"tjax plan {name} {target.typed} {overrides_of(experiment_of(name), wanted)}".rstrip()
+    command = _command(name, options, target, best.estimate.experiment)
     if not best.fits:
         least = f"at least {best.plan.memory.total / GIB:.1f} GiB a device of {best.plan.memory.available / GIB:.2f}"
         raise UserError(f"no mesh of {target.label} fits: {least}. What else would: {command}")
     if not options.json:
         out().print(f"\nbest: {command}", markup=False)
     return 0
+
+
+def _command(name: str, options: PlanOptions, target: Target, found: Experiment) -> str:
+    """Return what has to be typed for the plan of `found`; layers are scanned without being told."""
+    compute = replace(found.compute, layers=options.experiment.compute.layers)
+    return (
+        f"tjax plan {name} {target.typed} {overrides_of(experiment_of(name), replace(found, compute=compute))}".rstrip()
+    )
+
+
+def _undivided(name: str, options: PlanOptions, target: Target) -> UserError:
+    """Say that batches cannot be divided, and everything that has to be set so that they can, and fit."""
+    experiment, parts = options.experiment, parts_of(options.experiment, target)
+    wanted = dividing(roomy(experiment, target), target)
+    found, how = plan(wanted, target, compile=False), "This does"  # if more is wrong, that comes first
+    if isinstance(found, Plan) and not found.fits:
+        say(f"{name}: batches that {parts} parts divide do not fit {target.label}. Trying what would")
+        trials = remedies(wanted, target, compile=False, tries=0, say=say)
+        fitting = [trial.estimate.experiment for trial in trials if trial.fits]
+        wanted, how = (
+            (fitting[0], "This does, and fits by estimate") if fitting else (wanted, "This does, but does not fit")
+        )
+    return UserError(
+        f"{experiment.name} has batches of a multiple of data.rows_multiple={experiment.data.rows_multiple} rows, "
+        f"which {parts} parts (batch shards of {target.label} x train.accumulate) do not divide. "
+        f"{how}: {_command(name, options, target, wanted)}"
+    )
 
 
 def _refusal(options: PlanOptions, target: Target, found: Plan | OutOfMemory) -> UserError:

@@ -44,7 +44,7 @@ class PackedText(DocumentConfig):
             raise UserError(f"data.context must be at least 1, got {self.context}.")
         for rows, steps in self.ramp:
             if rows < 1 or rows % self.rows_multiple:
-                flags = " ".join(["--data.ramp", *(str(number) for stage in self._divisible() for number in stage)])
+                flags = " ".join(["--data.ramp", *(str(number) for stage in self.divisible_ramp() for number in stage)])
                 raise UserError(
                     f"data.ramp = {rows} is no multiple of data.rows_multiple = {self.rows_multiple}; "
                     f"of as many tokens, and a multiple, is {flags}"
@@ -52,7 +52,7 @@ class PackedText(DocumentConfig):
             if steps < 1:
                 raise UserError(f"data.ramp: {rows} rows for {steps} steps; give at least one step.")
 
-    def _divisible(self) -> list[tuple[int, int]]:
+    def divisible_ramp(self) -> list[tuple[int, int]]:
         """Return the ramp with rows rounded up to the multiple, and about as many rows in all as before."""
         seen: dict[int, int] = {}
         for rows, steps in self.ramp:

@@ -14,16 +14,38 @@ def attend(
     """Attend with memory in T S: the output [B, T, N, H] and the weights [B, N, T, S]."""
     b, t, n, h = q_BTNH.shape
     s, k = k_BSKH.shape[1:3]
-    q_BTKGH = q_BTNH.reshape(b, t, k, n // k, h) * h**-0.5
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+    # Heads before positions, once: every product and its gradients then read rows as they lie.
+    q_BKGTH = (q_BTNH * h**-0.5).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    scores_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    scores_BNTS = scores_BKGTS.reshape(b, n, t, s)
     visible = mask.visible(t, s)
     if visible is not None:
-        # Finite, so that a row that sees nothing (padding) stays finite too.
-        scores_BKGTS = jnp.where(visible[:, None, None], scores_BKGTS, -1e30)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-    kept_BKGTS = weights_BKGTS
+        # In float32 such a sum is -1e30 whatever the score: finite, so that what sees nothing (padding) is finite too.
+        scores_BNTS += jnp.where(visible, 0.0, -1e30)[:, None]
+    weights_BNTS = softmax(scores_BNTS)
+    kept_BNTS = weights_BNTS
     if key is not None and dropout:
-        keep_BKGTS = jax.random.bernoulli(key, 1.0 - dropout, weights_BKGTS.shape)
-        kept_BKGTS = jnp.where(keep_BKGTS, weights_BKGTS / (1.0 - dropout), 0.0)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", kept_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    return out_BTKGH.reshape(b, t, n, h), weights_BKGTS.reshape(b, n, t, s)
+        keep_BNTS = jax.random.bernoulli(key, 1.0 - dropout, weights_BNTS.shape)
+        kept_BNTS = jnp.where(keep_BNTS, weights_BNTS / (1.0 - dropout), 0.0)
+    kept_BKGTS = kept_BNTS.reshape(scores_BKGTS.shape).astype(v_BSKH.dtype)
+    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", kept_BKGTS, v_BKSH)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h), weights_BNTS
+
+
+@jax.custom_vjp
+def softmax(x: jax.Array) -> jax.Array:
+    """Take the softmax over the last axis; its gradient reads the result only, a pass fewer than JAX's own."""
+    return jax.nn.softmax(x, axis=-1)
+
+
+def _softmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y = softmax(x)
+    return y, y
+
+
+def _softmax_gradient(y: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    return (y * (dy - (y * dy).sum(-1, keepdims=True)),)
+
+
+softmax.defvjp(_softmax, _softmax_gradient)

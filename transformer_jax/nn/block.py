@@ -148,12 +148,13 @@ class Block(nnx.Module):
             window: of this layer, over that of the mask; 0 leaves the mask as it is.
             key: for dropout; None is deterministic.
         """
-        seen = self.attention.keys_values(self.attention_residual.enter(x_BTD), positions_BT)
+        h_BTD = self.attention_residual.enter(x_BTD)
+        seen = self.attention.keys_values(h_BTD, positions_BT)
         mask = replace(mask, window=window) if window else mask
         remembered = None
         if self.cross is not None and memory is not None:
             remembered = self.cross.keys_values(memory[0]), memory[1]
-        return self._sublayers(x_BTD, seen, mask, positions_BT, remembered, key)
+        return self._sublayers(x_BTD, h_BTD, seen, mask, positions_BT, remembered, key)
 
     def extend(
         self,
@@ -167,22 +168,23 @@ class Block(nnx.Module):
 
         All positions must fit into the cache together with what they are to see.
         """
-        past = past.write(self.attention.keys_values(self.attention_residual.enter(x_BTD), positions_BT), positions_BT)
+        h_BTD = self.attention_residual.enter(x_BTD)
+        past = past.write(self.attention.keys_values(h_BTD, positions_BT), positions_BT)
         mask = Mask(causal=True, window=window, q_positions_BT=positions_BT, kv_positions_BS=past.positions_BS)
-        return self._sublayers(x_BTD, past.seen, mask, positions_BT, memory, None)[0], past
+        return self._sublayers(x_BTD, h_BTD, past.seen, mask, positions_BT, memory, None)[0], past
 
     def _sublayers(
         self,
         x_BTD: jax.Array,
+        h_BTD: jax.Array,
         seen: KeysValues,
         mask: Mask,
         positions_BT: jax.Array | None,
         memory: tuple[KeysValues, jax.Array] | None,
         key: jax.Array | None,
     ) -> tuple[jax.Array, Weights]:
-        """The sublayers, given everything that is looked at."""
+        """The sublayers, given the stream as attention reads it and everything that is looked at."""
         keys = split(key, 5)
-        h_BTD = self.attention_residual.enter(x_BTD)
         attended = self.attention(h_BTD, seen, mask, positions_BT, key=keys[0])
         x_BTD = self.attention_residual.leave(x_BTD, attended.out_BTD, keys[1])
         weights = {"self": attended.weights_BNTS}

@@ -52,6 +52,24 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+def rows(x: jax.Array) -> jax.Array:
+    """Merge all axes but the last, [B, T, D] -> [B T, D]; on a mesh, which divides them apart, leave x as it is.
+
+    What is added along the stream of residuals is then what products read (`product`), and XLA's CPU compiler keeps it.
+    Else it adds the whole stream up again for every reader.
+    """
+    return x if mesh_at_hand().size > 1 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def product(x: jax.Array, weight: jax.Array, axes: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
+    """Contract the last axes of x with the first of a weight; on one device as matrices, as CPUs are fast at."""
+    if mesh_at_hand().size > 1:
+        return jnp.tensordot(x, weight, axes, preferred_element_type=dtype)
+    kept, inner = x.shape[: x.ndim - axes], math.prod(weight.shape[:axes])
+    matrix = jnp.dot(x.reshape(math.prod(kept), inner), weight.reshape(inner, -1), preferred_element_type=dtype)
+    return matrix.reshape(*kept, *weight.shape[axes:])
+
+
 def tied(integers: jax.Array, x: jax.Array) -> jax.Array:
     """Return integers as they are, but known only with x: else compilers make floats of them once, before a loop."""
     if mesh_at_hand().size > 1:  # an element of x would have to travel to all devices
@@ -75,10 +93,10 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Contract the last `len(inputs)` axes of x; computes in the dtype of x."""
         if self.scale is None:
-            y = jnp.tensordot(x, self.weight[...].astype(x.dtype), axes=self.contracted)
+            y = product(x, self.weight[...].astype(x.dtype), self.contracted)
         else:
             weight = tied(self.weight[...], x).astype(x.dtype)
-            y = jnp.tensordot(x, weight, axes=self.contracted, preferred_element_type=jnp.float32)
+            y = product(x, weight, self.contracted, jnp.float32)
             y = (y * self.scale[...]).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -102,7 +120,7 @@ class Embedding(nnx.Module):
         # Left to itself, XLA lays BERT's gaps out so that on a 2 x 2 x 2 mesh their gradient comes out wrong.
         x_BTD, table = constrain(x_BTD, "BTD"), self.table[...]
         table = (table if self.scale is None else tied(table, x_BTD)).astype(x_BTD.dtype)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table, preferred_element_type=jnp.float32)
+        logits_BTV = product(x_BTD, table.T, dtype=jnp.float32)
         return logits_BTV if self.scale is None else logits_BTV * self.scale[...]
 
 
@@ -116,10 +134,10 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise x; the result has its dtype."""
-        y = x.astype(jnp.float32)
+        y = rows(x).astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype).reshape(x.shape)
 
 
 class RMSNorm(nnx.Module):
@@ -131,9 +149,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise x; the result has its dtype."""
-        y = x.astype(jnp.float32)
+        y = rows(x).astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return (y * self.scale[...]).astype(x.dtype).reshape(x.shape)
 
 
 Norm = LayerNorm | RMSNorm
@@ -165,7 +183,7 @@ class Residual(nnx.Module):
 
     def leave(self, x: jax.Array, y: jax.Array, key: jax.Array | None) -> jax.Array:
         """Join the stream x with the sublayer's output y."""
-        x = x + dropout(y, self.dropout_rate, key)
+        x = (rows(x) + rows(dropout(y, self.dropout_rate, key))).reshape(x.shape)
         return x if self.pre_norm else self.norm(x)
 
 

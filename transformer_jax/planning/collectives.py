@@ -58,8 +58,8 @@ class Collective:
     def axes(self, mesh: Mesh) -> str:
         """Name the axes of the mesh along which devices differ: "fsdp", "data+fsdp"."""
         sizes = list(mesh.shape.values())
-        places = np.stack(np.unravel_index(self.groups[0], sizes))
-        moving = (places != places[:, :1]).any(axis=1)
+        places = np.stack(np.unravel_index(self.groups, sizes))
+        moving = (places != places[..., :1]).any(axis=(1, 2))
         return "+".join(axis for axis, moves in zip(mesh.shape, moving, strict=True) if moves)
 
 
@@ -86,7 +86,7 @@ def collectives(program: Program, devices: int, slices: int = 1) -> list[Collect
                 continue
             seen.add(channel)
         groups = replica_groups(instruction.attributes, devices)
-        if groups.shape[1] == 1:
+        if groups.size == 0 or groups.shape[1] == 1:
             continue
         if name.startswith("all-reduce-scatter"):  # how a TPU writes a reduce-scatter
             kind = "reduce-scatter"
@@ -145,10 +145,11 @@ def replica_groups(attributes: str, devices: int) -> Groups:
     """Read which devices talk to each other, in any of XLA's notations.
 
     {{0,2},{1,3}} lists them; [2,4]<=[4,2]T(1,0) is 0 ... n - 1 reshaped, transposed and reshaped again; and
-    mesh['a'=4,'b'=2] {'a'} names axes of a mesh. A permutation lists pairs.
+    mesh['a'=4,'b'=2] {'a'} names axes of a mesh. A permutation lists pairs; what stays on its device is none.
     """
     if pairs := re.search(r"source_target_pairs=\{([^=]*)\}", attributes):
-        return _listed(pairs[1])
+        sent = _listed(pairs[1]).reshape(-1, 2)
+        return sent[sent[:, 0] != sent[:, 1]]
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", attributes):
         axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         sizes = [int(size) for size in axes.values()]
@@ -173,11 +174,3 @@ def _iota(text: str, devices: int) -> Groups:
 def _listed(text: str) -> Groups:
     groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
     return np.asarray(groups, np.int64)
-
-
-def totals(found: list[Collective]) -> Iterator[tuple[str, int, int]]:
-    """Yield (kind, bytes, calls) of a step, largest first: what a golden file holds."""
-    kinds = {c.kind for c in found}
-    sums = ((kind, [c for c in found if c.kind == kind]) for kind in kinds)
-    rows = [(kind, sum(c.bytes * c.times for c in own), sum(c.times for c in own)) for kind, own in sums]
-    yield from sorted(rows, key=lambda row: -row[1])

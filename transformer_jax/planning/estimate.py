@@ -7,6 +7,7 @@ sum, a gather or a loop. The compiler orders and fuses better or worse; `docs/pl
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,10 @@ class Estimate:
     peak: list[tuple[Value, int]] = field(default_factory=list)
     """Arrays alive where most is taken, with their bytes; arguments are not among them."""
     exchanges: list[Exchange] = field(default_factory=list)
+    looked_up: set[int] = field(default_factory=set)
+    """Arguments of the step of which single rows are read."""
+    multiplied: set[int] = field(default_factory=set)
+    """Arguments of the step that are factors of products."""
 
     @property
     def bytes(self) -> int:
@@ -46,21 +51,23 @@ class Estimate:
         return sum(size for _, size in self.peak)
 
 
-def estimate(program: Trace, sizes: Mapping[str, int], gathered: frozenset[str]) -> Estimate:
+def estimate(program: Trace, sizes: Mapping[str, int], gathered: frozenset[str], *, tpu: bool = True) -> Estimate:
     """Add up a traced step on a mesh of these sizes.
 
     Args:
         program: the step on the rows of one device.
         sizes: of the axes of the mesh.
         gathered: axes over which parameters are put together before they are used.
+        tpu: whether sums are taken while their summands are computed; a GPU's kernels read them from memory.
     """
-    return _Reader(sizes, gathered).read(program, set(), top=True)
+    return _Reader(sizes, gathered, tpu).read(program, set(), top=True)
 
 
 @dataclass
 class _Reader:
     sizes: Mapping[str, int]
     gathered: frozenset[str]
+    tpu: bool
 
     def read(self, program: Trace, free: set[Value], *, top: bool) -> Estimate:
         """Walk once; `free` are values that take no memory of their own."""
@@ -73,15 +80,20 @@ class _Reader:
         for value in program.outputs:
             last |= dict.fromkeys(value.roots, len(program.operations))
         alive: dict[Value, int] = {}
+        together: Counter[tuple[frozenset[Value], str, bool]] = Counter()
         most = -1
         for at, operation in enumerate(program.operations):
             inside: list[tuple[Value, int]] = []
             if operation.body is not None:
                 inside = self._loop(operation, result)
             else:
+                if operation.name == "gather":
+                    result.looked_up |= operation.inputs[0].made_of()
+                elif operation.name == "dot_general":
+                    result.multiplied |= frozenset[int]().union(*(value.made_of() for value in operation.inputs))
                 result.flops += self._products(operation)
                 result.traffic += self._moved(operation)
-                inside = self._exchanged(operation, result)
+                inside = self._exchanged(operation, result, together)
             for value in operation.outputs:
                 if value not in free and last.get(value, -1) > at:
                     alive[value] = value.bytes(self.sizes)
@@ -105,6 +117,8 @@ class _Reader:
         result.flops += operation.turns * one.flops
         result.traffic += operation.turns * one.traffic
         result.exchanges += [Exchange(e.kind, e.axis, e.bytes, e.times * operation.turns) for e in one.exchanges]
+        result.looked_up |= one.looked_up
+        result.multiplied |= one.multiplied
         return one.peak
 
     def _products(self, operation: Operation) -> int:
@@ -115,7 +129,8 @@ class _Reader:
             turns = math.prod(operation.parameters["grid_mapping"].grid)
             return turns * _inside(operation.parameters["jaxpr"]) // self._parts(operation)
         if operation.name == "cond":
-            return max(_inside(branch.jaxpr) for branch in operation.parameters["branches"])
+            most = max(_inside(branch.jaxpr) for branch in operation.parameters["branches"])
+            return most // self._parts(operation)
         if operation.name == "ragged_dot_general":  # each row of the first meets the matrix of its run
             first, made = operation.inputs[0], operation.outputs[0]
             return 2 * math.prod(first.shape) * made.shape[-1] // self._parts(operation)
@@ -131,17 +146,40 @@ class _Reader:
         return math.prod(self.sizes[axis] for axis in axes)
 
     def _moved(self, operation: Operation) -> int:
-        made = sum(value.bytes(self.sizes) for value in operation.outputs)
+        """Bytes that an operation reads and writes: of an array that is only sliced or updated in place, the slice."""
+        taken, made = operation.inputs, sum(value.bytes(self.sizes) for value in operation.outputs)
+        if operation.name == "psum":
+            return 0
         if operation.name == "gather":
             return 2 * made
-        if operation.name.startswith("reduce_"):
-            return made  # done while its input is computed
-        roots = frozenset[Value]().union(*(value.roots for value in operation.inputs))
-        return made + sum(root.bytes(self.sizes) for root in roots)
+        if self.tpu and operation.name.startswith("reduce_"):
+            return made
+        if operation.name == "dynamic_update_slice":
+            taken, made = taken[1:2], taken[1].bytes(self.sizes)
+        read: dict[Value, int] = {}
+        for value in taken:
+            for root in value.roots:
+                part = value.bytes(self.sizes) * root.itemsize // value.itemsize
+                read[root] = max(read.get(root, 0), min(part, root.bytes(self.sizes)))
+        return made + sum(read.values())
 
-    def _exchanged(self, operation: Operation, result: Estimate) -> list[tuple[Value, int]]:
-        """Record the collectives that an operation needs; return what they put together, which takes memory."""
-        together: list[tuple[Value, int]] = []
+    def _exchanged(
+        self, operation: Operation, result: Estimate, together: Counter[tuple[frozenset[Value], str, bool]]
+    ) -> list[tuple[Value, int]]:
+        """Record the collectives that an operation needs; return what they put together, which takes memory.
+
+        What a pass has put `together` (elements of which arrays) serves all its products, those of the recomputation
+        among them.
+        """
+        whole: list[tuple[Value, int]] = []
+        size = sum(value.bytes(self.sizes) for value in operation.inputs)
+        if operation.name == "ppermute":
+            axis = operation.parameters["axis_name"]  # one, in a tuple or not
+            axis = axis if isinstance(axis, str) else axis[0]
+            result.exchanges.append(Exchange("collective-permute", axis, size, 1))
+        if operation.name == "psum":
+            axes = (axis for axis in operation.parameters["axes"] if self.sizes[axis] > 1)
+            result.exchanges += [Exchange("all-reduce", axis, size, 1) for axis in axes]
         if operation.name == "dot_general":
             for value in operation.inputs:
                 for _, axis in value.layout:
@@ -149,13 +187,16 @@ class _Reader:
                         continue  # tokens travel, experts stay: as many products, and nothing is put together
                     if axis in self.gathered and self.sizes[axis] > 1:
                         size = value.bytes(self.sizes) * self.sizes[axis]
-                        result.exchanges.append(Exchange("all-gather", axis, size, 1))
-                        together.append((value, size))
+                        whole.append((value, size))
+                        gathered = value.roots, axis, operation.outputs[0].backward
+                        if together[gathered] < sum(math.prod(root.shape) for root in value.roots):
+                            together[gathered] += math.prod(value.shape)
+                            result.exchanges.append(Exchange("all-gather", axis, size, 1))
         for axis in _summed(operation):
             if axis not in self.gathered and self.sizes[axis] > 1:
                 size = sum(value.bytes(self.sizes) for value in operation.outputs)
                 result.exchanges.append(Exchange("all-reduce", axis, size, 1))
-        return together
+        return whole
 
 
 def _inside(jaxpr: core.Jaxpr) -> int:
@@ -176,10 +217,7 @@ def _inside(jaxpr: core.Jaxpr) -> int:
 
 def _summed(operation: Operation) -> set[str]:
     """Axes over which an operation adds up (or compares) parts of different devices."""
-    if operation.name == "dot_general":
-        (left, right), _ = operation.parameters["dimension_numbers"]
-        over = [(operation.inputs[0], left), (operation.inputs[1], right)]
-    elif operation.name.startswith(("reduce_", "arg")):
+    if operation.name.startswith(("reduce_", "arg")):
         over = [(operation.inputs[0], operation.parameters.get("axes", ()))]
     else:
         return set()

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformer_jax.config import Experiment, flatten
+from transformer_jax.config import Experiment, MeshConfig
 from transformer_jax.errors import UserError
+from transformer_jax.kernels.blockwise import BLOCK
 from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.planning.compiler import OutOfMemory
 from transformer_jax.planning.plan import Plan
 from transformer_jax.planning.planner import plan
+from transformer_jax.planning.rows import dividing, overrides_of
 from transformer_jax.planning.target import Target
 
 Say = Callable[[str], None]
@@ -111,17 +113,6 @@ def _estimated(changed: Iterator[Experiment], before: Experiment, target: Target
         yield Trial(overrides, found)
 
 
-def overrides_of(before: Experiment, after: Experiment) -> str:
-    """Return what has to be typed to turn one experiment into the other."""
-    old = dict(flatten(before))
-    changed = [(key, value) for key, value in flatten(after) if old.get(key) != value]
-    return " ".join(f"--{key.replace('_', '-')} {_typed(value)}".rstrip() for key, value in changed)
-
-
-def _typed(value: Any) -> str:
-    return " ".join(map(_typed, value)) if isinstance(value, tuple) else str(value)
-
-
 def smaller(experiment: Experiment, target: Target) -> Iterator[Experiment]:
     """Yield changes that take less memory, those that cost least first, then several together."""
     single = [*_remat(experiment), *_chunk(experiment), *_sharded(experiment, target)]
@@ -170,45 +161,30 @@ def _fewer_rows(experiment: Experiment) -> Iterator[Experiment]:
         if any(f.name == name for f in dataclasses.fields(data)):
             for part in (2, 4, 8):
                 less = getattr(data, name) // part
-                changed = {name: less, "rows_multiple": math.gcd(data.rows_multiple, less)}
-                yield replace(experiment, data=replace(data, **(changed if name == "batch_rows" else {name: less})))
+                changed = {name: less}
+                if name == "batch_rows":
+                    changed["rows_multiple"] = math.gcd(data.rows_multiple, less)
+                if "ramp" in vars(data):
+                    changed["ramp"] = tuple(stage for stage in data.ramp if stage[0] < less)
+                yield replace(experiment, data=replace(data, **changed))
 
 
 def _meshes(experiment: Experiment, target: Target) -> Iterator[Experiment]:
-    model, devices = experiment.model, target.devices // experiment.mesh.context
+    model, data = experiment.model, experiment.data
     experts = model.experts.count if isinstance(model, GPTConfig) else 0
-    for expert in _divisors(math.gcd(experts or 1, devices)):
-        for tensor in _divisors(devices // expert):
-            for fsdp in _divisors(devices // expert // tensor):
-                data = devices // expert // tensor // fsdp
-                if data % target.slices:
-                    continue
-                mesh = replace(experiment.mesh, data=data, fsdp=fsdp, expert=expert, tensor=tensor)
-                yield dividing(replace(experiment, mesh=mesh), target)
+    length = max(shape[1] for shape, _ in data.batch_shapes().values() if len(shape) > 1)
+    for context in _divisors(target.devices // target.slices):
+        if context > max(length // BLOCK, experiment.mesh.context):
+            break  # positions are divided while each device has a whole block of them
+        within = target.devices // context
+        for expert in _divisors(math.gcd(experts or 1, within)):
+            for tensor in _divisors(within // expert):
+                for fsdp in _divisors(within // expert // tensor):
+                    copies = within // expert // tensor // fsdp
+                    if copies % target.slices == 0:
+                        mesh = MeshConfig(data=copies, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
+                        yield dividing(replace(experiment, mesh=mesh), target)
 
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def dividing(experiment: Experiment, target: Target) -> Experiment:
-    """Set data.rows_multiple so that the mesh and the accumulation divide every batch.
-
-    Stages of a ramp that they do not divide are left out; their rows come in full batches instead.
-    """
-    mesh, data = experiment.mesh, experiment.data
-    others = math.prod(size for size in vars(mesh).values() if size != -1)
-    shards = math.prod(target.devices // others if n == -1 else n for n in (mesh.data, mesh.fsdp, mesh.expert))
-    parts = shards * experiment.train.accumulate
-    if data.rows_multiple % parts == 0:
-        return experiment
-    changed: dict[str, Any] = {"rows_multiple": parts}
-    if any(f.name == "ramp" for f in dataclasses.fields(data)):
-        stages = vars(data)["ramp"]
-        changed["ramp"] = tuple(stage for stage in stages if stage[0] % parts == 0)
-        gone = [stage for stage in stages if stage[0] % parts]
-        instead = round(sum(rows * steps for rows, steps in gone) / vars(data)["batch_rows"])
-        total = experiment.train.steps - sum(steps for _, steps in gone) + instead
-        experiment = replace(experiment, train=replace(experiment.train, steps=total))
-    node: Any = data
-    return replace(experiment, data=replace(node, **changed))

@@ -5,6 +5,7 @@ Collectives by the ring algorithm; a TPU sends both ways along every dimension o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -124,8 +125,9 @@ def _rings(chip: Chip, topology: tuple[int, ...]) -> list[bool]:
     return [n % chip.wraps == 0 for n in topology]
 
 
-def as_groups(mesh: Mesh, axis: str) -> Groups:
-    """List the groups of devices along one axis of a mesh."""
-    axes = list(mesh.shape)
+def as_groups(mesh: Mesh, *axes: str) -> Groups:
+    """List the groups of devices along one axis of a mesh, or several, the first of which is the slowest to change."""
     ids: np.ndarray[Any, Any] = np.arange(mesh.size).reshape(list(mesh.shape.values()))
-    return np.moveaxis(ids, axes.index(axis), -1).reshape(-1, mesh.shape[axis])
+    places = [list(mesh.shape).index(axis) for axis in axes]
+    last = range(-len(axes), 0)
+    return np.moveaxis(ids, places, last).reshape(-1, math.prod(mesh.shape[axis] for axis in axes))

@@ -21,9 +21,13 @@ MATERIAL = frozenset(
         *("dot_general", "conv_general_dilated", "scan", "while", "cond", "gather", "scatter", "scatter-add"),
         *("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax", "argmin"),
         *("sort", "top_k", "cumsum", "dynamic_update_slice", "ragged_dot_general", "pallas_call", "ffi_call"),
+        "ppermute",
     )
 )
 """Operations whose results go to memory; all others are computed inside of those that use them."""
+
+LINEAR = ("add", "add_any", "reshape", "transpose", "squeeze")
+"""Operations that may come before summands of several devices are added up, if all that they take are such."""
 
 _NUMBER = count()
 
@@ -41,12 +45,20 @@ class Value:
     """Made by the backward pass."""
     saved: bool = False
     """Stacked by a loop of the forward pass, for the backward pass."""
+    partial: frozenset[str] = frozenset()
+    """Axes along which each device has one summand of this array."""
+    arguments: frozenset[int] = frozenset()
+    """Numbers of the arguments of the step that this array is, or is made of before it enters a loop."""
     number: int = field(default_factory=lambda: next(_NUMBER))
 
     def bytes(self, sizes: Mapping[str, int]) -> int:
         """Bytes that one device holds, on a mesh of these sizes."""
         parts = math.prod(sizes[axis] for axis in {axis for _, axis in self.layout})
         return math.prod(self.shape) * self.itemsize // parts
+
+    def made_of(self) -> frozenset[int]:
+        """Return the arguments among the arrays from which it is computed."""
+        return frozenset[int]().union(*(root.arguments for root in self.roots))
 
     def in_memory(self) -> Value:
         """Make this value one that lies in memory."""
@@ -89,11 +101,14 @@ def trace(
     Args:
         closed: what `jax.make_jaxpr` returned.
         layouts: of its inputs.
-        known: layouts that arrays of these shapes (the gradients) get where a loop hands them out.
+        known: layouts that arrays of these shapes (the gradients) get where a loop of the backward pass hands them out.
         gathered: axes that are given up where a value is used for anything but an update in place.
         product: bytes to which the device rounds an input of a matrix product, at most.
     """
-    inputs = [_value(v.aval, layout).in_memory() for v, layout in zip(closed.jaxpr.invars, layouts, strict=True)]
+    inputs = [
+        _value(v.aval, layout, arguments=frozenset({i})).in_memory()
+        for i, (v, layout) in enumerate(zip(closed.jaxpr.invars, layouts, strict=True))
+    ]
     found = _Tracer(known, gathered, product).run(closed.jaxpr, inputs, backward=False)
     return Trace(inputs, found.operations, found.outputs)
 
@@ -127,6 +142,8 @@ class _Tracer:
             taken = [read(v) for v in equation.invars]
             back = backward or "transpose(" in str(equation.source_info.name_stack)
             name = equation.primitive.name
+            if not _adds(name, taken):
+                operations += _summed(taken)
             if name == "scan":
                 operation = self._scan(equation, taken, backward=back)
                 operations.append(operation)
@@ -140,15 +157,22 @@ class _Tracer:
                 if made and made[0].roots == {made[0]}:
                     operations.append(Operation(name, taken, made, equation.params))
             values |= zip(equation.outvars, made, strict=True)
-        return Trace(inputs, operations, [read(v) for v in jaxpr.outvars])
+        outputs = [read(v) for v in jaxpr.outvars]
+        return Trace(inputs, [*operations, *_summed(outputs)], outputs)
 
     def _simple(self, equation: Any, taken: list[Value], uses: dict[Any, int], *, backward: bool) -> list[Value]:
-        layouts = spread(equation, [self._whole(v, equation.primitive.name) for v in taken])
+        if equation.primitive.name == "cond":
+            longest = max(equation.params["branches"], key=lambda branch: len(branch.jaxpr.eqns))
+            layouts = [v.layout for v in self.run(longest.jaxpr, taken[1:], backward=backward).outputs]
+        else:
+            layouts = spread(equation, [self._whole(v, equation.primitive.name) for v in taken])
         roots = frozenset[Value]().union(*(v.roots for v in taken))
         made = [
             _value(v.aval, layout, roots=roots, backward=backward)
             for v, layout in zip(equation.outvars, layouts, strict=True)
         ]
+        for value in made:
+            value.partial = self._partial(equation, taken)
         sizes = sum(math.prod(root.shape) * root.itemsize for root in roots)
         for v, value in zip(equation.outvars, made, strict=True):
             # What several operations use is kept rather than computed anew from many others.
@@ -158,6 +182,16 @@ class _Tracer:
             if (equation.primitive.name in MATERIAL and not _one_hot(equation)) or (kept and len(roots) > 1):
                 value.in_memory()
         return made
+
+    def _partial(self, equation: Any, taken: list[Value]) -> frozenset[str]:
+        """Return the axes along which the result is yet to be summed: a sum of summands is one."""
+        if equation.primitive.name in ("dot_general", "gather"):
+            numbers = equation.params["dimension_numbers"]
+            # Of a table that is divided, one device has the row that is looked up, and the others zeros.
+            summed = numbers[0] if equation.primitive.name == "dot_general" else [numbers.start_index_map]
+            axes = {axis for v, dims in zip(taken, summed, strict=False) for d, axis in v.layout if d in dims}
+            return frozenset(axes - self.gathered)
+        return taken[0].partial if _adds(equation.primitive.name, taken) else frozenset()
 
     def _whole(self, value: Value, name: str) -> Value:
         """Give up the gathered axes before a use that needs the whole array."""
@@ -217,6 +251,8 @@ class _Tracer:
                 layouts.append(frozenset((d - 1, axis) for d, axis in value.layout if d))
         while True:
             inputs = [_value(v.aval, a).in_memory() for v, a in zip(closed.jaxpr.invars, layouts, strict=True)]
+            for inner, value in zip(inputs[:constants], taken, strict=False):
+                inner.arguments = value.made_of()
             self.loops += 1
             body = self.run(closed.jaxpr, inputs, backward=backward)
             self.loops -= 1
@@ -229,11 +265,26 @@ class _Tracer:
         for i, (v, inner) in enumerate(zip(equation.outvars, body.outputs, strict=True)):
             layout = before[i] if i < carried else frozenset((d + 1, axis) for d, axis in inner.layout)
             shape = tuple(v.aval.shape)
-            layout |= self.known.get(shape, WHOLE)
             if backward and i >= carried:
-                layout |= self._gradient(shape)
+                layout |= self.known.get(shape, WHOLE) | self._gradient(shape)
             made.append(_value(v.aval, layout, backward=backward, saved=i >= carried and not backward).in_memory())
         return Operation("scan", taken, made, {}, body, equation.params["length"], carried)
+
+
+def _adds(name: str, taken: Sequence[Value]) -> bool:
+    """Tell whether summands may be added up before all devices exchange them."""
+    adding = name in LINEAR and all(v.partial == taken[0].partial for v in taken)
+    return adding and bool(taken[0].partial)
+
+
+def _summed(taken: Sequence[Value]) -> list[Operation]:
+    """Exchange the summands among these values, once."""
+    operations = []
+    for value in dict.fromkeys(taken):
+        if value.partial:
+            operations.append(Operation("psum", [value], [], {"axes": value.partial}))
+            value.partial = frozenset()
+    return operations
 
 
 def _handed_out(aval: Any, value: Value) -> Value:

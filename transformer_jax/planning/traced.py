@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from transformer_jax.hardware import chip_of
 from transformer_jax.models.gpt import GPTConfig
 from transformer_jax.nn.module import Skeleton
 from transformer_jax.planning.collectives import Collective
-from transformer_jax.planning.estimate import Estimate, estimate
+from transformer_jax.planning.estimate import Estimate, Exchange, estimate
 from transformer_jax.planning.layouts import WHOLE, Layout
 from transformer_jax.planning.roofline import as_groups
 from transformer_jax.planning.trace import trace
@@ -26,6 +28,9 @@ GATHERED = frozenset(BATCH_AXES)
 LANES = 128
 """Elements of the last dimension of a TPU's tile."""
 
+HIDDEN = ("all-gather", "collective-permute")
+"""Collectives that run while a device computes: what a layer or a block needs is on its way during the one before."""
+
 BFLOAT16, FLOAT32 = 2, 4
 """Bytes of an element; a TPU multiplies float32 matrices in bfloat16 unless told otherwise."""
 
@@ -36,11 +41,7 @@ def estimated(trainer: Trainer) -> Estimate:
     With positions divided too, a device has the work of so many fewer rows, or of a share of one.
     """
     shards = batch_shards(trainer.mesh) * trainer.mesh.shape[CONTEXT]
-    batch = {
-        name: jax.ShapeDtypeStruct((-(-shape[0] // shards), *shape[1:]), dtype)
-        for name, (shape, dtype) in trainer.experiment.data.batch_shapes().items()
-        if name != "example"
-    }
+    batch = _batch(trainer, shards)
     closed = jax.make_jaxpr(partial(train_step, _traceable(trainer)))(trainer.abstract_state(), batch)
     layout = jax.tree.map(_layout, trainer.shardings(), trainer.abstract_state())
     arguments = [*jax.tree.leaves(layout, is_leaf=lambda x: isinstance(x, frozenset)), *[WHOLE] * len(batch)]
@@ -52,9 +53,32 @@ def estimated(trainer: Trainer) -> Estimate:
             known[leaf.shape] = _layout(sharding, leaf)
     tpu = trainer.mesh.devices.flat[0].platform == "tpu"
     program = trace(closed, arguments, known, GATHERED, product=BFLOAT16 if tpu else FLOAT32)
-    found = estimate(program, trainer.mesh.shape, GATHERED)
+    found = estimate(program, trainer.mesh.shape, GATHERED, tpu=tpu)
+    found.exchanges += _around(trainer)
     rows = max(shape[0] for shape, _ in trainer.experiment.data.batch_shapes().values())
     return found if rows % shards == 0 else _shared(found, rows / shards / -(-rows // shards), set(known))
+
+
+def _batch(trainer: Trainer, shards: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a share of the rows of the largest batch."""
+    return {
+        name: jax.ShapeDtypeStruct((-(-shape[0] // shards), *shape[1:]), dtype)
+        for name, (shape, dtype) in trainer.experiment.data.batch_shapes().items()
+        if name != "example"
+    }
+
+
+def _around(trainer: Trainer) -> list[Exchange]:
+    """List what devices pass on along context (ring attention, its order): the step says it, traced on the mesh.
+
+    Only what runs on each device by itself (`jax.shard_map`) is read there, and its shapes are those of a device.
+    """
+    if trainer.mesh.shape[CONTEXT] == 1:
+        return []
+    with jax.set_mesh(trainer.mesh):
+        closed = jax.make_jaxpr(partial(train_step, trainer))(trainer.abstract_state(), _batch(trainer, 1))
+    program = trace(closed, [WHOLE] * len(closed.jaxpr.invars), {}, GATHERED, product=FLOAT32)
+    return estimate(program, trainer.mesh.shape, GATHERED).exchanges
 
 
 def _traceable(trainer: Trainer) -> Trainer:
@@ -107,24 +131,39 @@ def expected(trainer: Trainer, guess: Estimate, slices: int = 1) -> list[Collect
     width = jax.numpy.dtype(trainer.experiment.compute.dtype).itemsize
     found = []
     for e in guess.exchanges:
-        gather = e.kind == "all-gather"
-        kind = "all-reduce" if gather and _gathers_by_reduction(trainer) else e.kind
-        found.append(Collective(kind, e.bytes, e.times, as_groups(mesh, e.axis), kind == "all-gather", ""))
-    shardings = jax.tree.leaves(trainer.shardings().params)
-    for leaf, sharding in zip(jax.tree.leaves(trainer.skeleton.abstract), shardings, strict=True):
-        size = math.prod(sharding.shard_shape(leaf.shape)) * width
-        for axis in (*BATCH_AXES, CONTEXT):
-            n = mesh.shape[axis]
-            if n == 1:
-                continue
-            if any(a == axis for _, a in _layout(sharding, leaf)):
-                if axis == EXPERT:
-                    continue  # the tokens of all devices have been there
-                found.append(Collective("reduce-scatter", size * n, times, as_groups(mesh, axis), False, ""))
-            else:
-                whole = Collective("all-reduce", size, times, as_groups(mesh, axis), False, "")
-                found += whole.parts(slices if axis == DATA else 1)
+        kind = "all-reduce" if e.kind == "all-gather" and _gathers_by_reduction(trainer) else e.kind
+        groups = as_groups(mesh, e.axis)
+        if kind == "collective-permute":  # one way, from neighbour to neighbour
+            groups = np.stack([groups, np.roll(groups, -1, axis=1)], axis=-1).reshape(-1, 2)
+        found.append(Collective(kind, e.bytes, e.times, groups, kind in HIDDEN, ""))
+    for leaf, sharding, itemsize, of_experts in _summands(trainer, guess, width):
+        elements = math.prod(sharding.shard_shape(leaf.shape))
+        size = elements * itemsize
+        divided = {axis for _, axis in _layout(sharding, leaf)}
+        for axis in GATHERED & divided - {EXPERT}:  # to experts, the tokens of all devices have been
+            found.append(Collective("reduce-scatter", size * mesh.shape[axis], times, as_groups(mesh, axis), False, ""))
+        copies = [axis for axis in (*BATCH_AXES, CONTEXT) if mesh.shape[axis] > 1 and axis not in divided]
+        if copies:
+            size = elements * FLOAT32 if of_experts else size  # their weights are rounded on each device
+            whole = Collective("all-reduce", size, times, as_groups(mesh, *copies), False, "")
+            found += whole.parts(slices if DATA in copies else 1)
     return found + _travels(trainer, width)
+
+
+def _summands(trainer: Trainer, guess: Estimate, width: int) -> Iterator[tuple[Any, Any, int, bool]]:
+    """Yield parameters, their layout, bytes of an element of the gradient that devices sum, and whether experts' own.
+
+    Those of products have the precision of the products, those of rows that were looked up are summed in float32; a
+    tied table has both.
+    """
+    state = trainer.abstract_state()
+    numbers = jax.tree.unflatten(jax.tree.structure(state), range(len(jax.tree.leaves(state)))).params
+    trees = (trainer.skeleton.abstract, trainer.shardings().params, trainer.skeleton.letters, numbers)
+    for leaf, sharding, letters, number in zip(*map(jax.tree.leaves, trees), strict=True):
+        if number in guess.looked_up:
+            yield leaf, sharding, FLOAT32, False
+        if number in guess.multiplied or number not in guess.looked_up:
+            yield leaf, sharding, width, "E" in letters
 
 
 def _travels(trainer: Trainer, width: int) -> list[Collective]:
