@@ -59,3 +59,10 @@ class Mask:
         q_BT = jnp.arange(t)[None] if self.q_positions_BT is None else self.q_positions_BT
         kv_BS = jnp.arange(s)[None] if self.kv_positions_BS is None else self.kv_positions_BS
         return replace(self, q_positions_BT=q_BT, kv_positions_BS=kv_BS)
+
+    def cut(self, start: int, end: int) -> Mask:
+        """Return the mask of queries `start` to `end` over keys 0 to `end`, of a mask with positions."""
+        keys = (None if x is None else x[:, :end] for x in (self.kv_segments_BS, self.kv_positions_BS))
+        queries = (None if x is None else x[:, start:end] for x in (self.q_segments_BT, self.q_positions_BT))
+        fields = ("kv_segments_BS", "kv_positions_BS", "q_segments_BT", "q_positions_BT")
+        return replace(self, **dict(zip(fields, (*keys, *queries), strict=True)))
