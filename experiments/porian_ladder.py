@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
         right.plot([i, i], bounds, color=COLORS["A3"], lw=1.4)
     right.plot([i for i, _ in here], [r["a"] for _, r in here], "o-", color=COLORS["A3"], label="here (95 % by size)")
     right.axhline(0.5, color=COLORS["A1"], lw=1, ls=":")
-    right.set_xticks(places, [name.replace("+ ", "+\n") for name in found], fontsize=7.5)
+    right.set_xticks(places, [fill(name, 14, break_on_hyphens=False) for name in found], fontsize=7.5)
     right.set(ylabel=r"exponent a of $N^* \propto C^a$")
     left.set(xlabel="training FLOPs C, as the rung counts them", ylabel="best size N*, as the rung counts it")
     if here:

@@ -62,7 +62,14 @@ class Mask:
 
     def cut(self, start: int, end: int) -> Mask:
         """Return the mask of queries `start` to `end` over keys 0 to `end`, of a mask with positions."""
-        keys = (None if x is None else x[:, :end] for x in (self.kv_segments_BS, self.kv_positions_BS))
-        queries = (None if x is None else x[:, start:end] for x in (self.q_segments_BT, self.q_positions_BT))
-        fields = ("kv_segments_BS", "kv_positions_BS", "q_segments_BT", "q_positions_BT")
-        return replace(self, **dict(zip(fields, (*keys, *queries), strict=True)))
+
+        def part(x: jax.Array | None, first: int) -> jax.Array | None:
+            return None if x is None else x[:, first:end]
+
+        return replace(
+            self,
+            kv_segments_BS=part(self.kv_segments_BS, 0),
+            kv_positions_BS=part(self.kv_positions_BS, 0),
+            q_segments_BT=part(self.q_segments_BT, start),
+            q_positions_BT=part(self.q_positions_BT, start),
+        )

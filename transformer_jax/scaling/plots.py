@@ -50,13 +50,13 @@ def panels(columns: int, width: float = 5.2, height: float = 4.0, rows: int = 1)
 
 
 def log_axis(axes: Axes, which: str) -> None:
-    """Make an axis logarithmic; one that spans less than a decade is labelled in plain numbers."""
+    """Make an axis logarithmic; one that spans less than two decades is labelled between its powers of ten too."""
     getattr(axes, f"set_{which}scale")("log")
     low, high = getattr(axes, f"get_{which}lim")()
     axis = getattr(axes, f"{which}axis")
-    if high / low < 12:
-        wide = high / low > 4
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)) if wide else MaxNLocator(6))
+    if high / low < 100:
+        subs = (1.0, 2.0, 3.0, 5.0) if high / low < 12 else (1.0, 3.0)
+        axis.set_major_locator(LogLocator(subs=subs) if high / low > 4 else MaxNLocator(6))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axis.set_minor_locator(NullLocator())
 
