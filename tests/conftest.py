@@ -10,6 +10,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import pytest
 
+from transformer_jax import heap
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
@@ -33,6 +35,7 @@ def _caches(tmp_path_factory):
         # Many tests train the same tiny model: compile it once, in the processes they start too.
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "compiled"))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+        patch.setattr(heap, "keep", lambda: None)  # one process, a thousand programs: let it give back what it can
         jax.config.update("jax_compilation_cache_dir", str(home / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
         yield
