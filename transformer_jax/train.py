@@ -37,6 +37,15 @@ BatchShapes = Mapping[str, tuple[tuple[int, ...], str]]
 """Shape and dtype of each array of a batch, by name."""
 
 
+def abstract_batch(shapes: BatchShapes, parts: int = 1, sharding: NamedSharding | None = None) -> Batch:
+    """Shape what a step reads of a batch, or of one of its parts by rows; example ids are for people."""
+    return {
+        name: jax.ShapeDtypeStruct((-(-shape[0] // parts), *shape[1:]), dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+        if name != "example"
+    }
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state", "key"], meta_fields=[])
 @dataclass(frozen=True)
 class TrainState:
@@ -97,11 +106,7 @@ class Trainer:
 
         With a key, as in training.
         """
-        batch = {
-            name: jax.ShapeDtypeStruct(shape, dtype)
-            for name, (shape, dtype) in self.experiment.data.batch_shapes().items()
-            if name != "example"
-        }
+        batch = abstract_batch(self.experiment.data.batch_shapes())
         objective, key = self.experiment.objective, jax.eval_shape(jax.random.key, 0)
         with jax.set_mesh(self.mesh):
             jax.eval_shape(
@@ -174,17 +179,12 @@ class Trainer:
 
     def lower_train_step(self, shapes: BatchShapes) -> jax.stages.Lowered:
         """Lower the training step for a batch of these shapes, without arrays and without devices that are there."""
-        layout, rows = self.shardings(), batch_sharding(self.mesh)
+        layout, batch = self.shardings(), abstract_batch(shapes, sharding=batch_sharding(self.mesh))
         state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             self.abstract_state(),
             layout,
         )
-        batch = {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-            for name, (shape, dtype) in shapes.items()
-            if name != "example"
-        }
         step = jax.jit(partial(train_step, self), out_shardings=(layout, None), donate_argnums=0)
         with jax.set_mesh(self.mesh):
             return step.lower(state, batch)

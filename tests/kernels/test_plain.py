@@ -32,7 +32,7 @@ def test_what_is_hidden_may_be_as_large_as_it_likes():
 @pytest.mark.parametrize("window", [0, 70])
 def test_a_row_in_pieces_is_the_row_as_a_whole(monkeypatch, window):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 300, n, 8)) for i, n in enumerate((4, 2, 2)))
-    segments = jnp.asarray(np.repeat([[1] * 90 + [2] * 200 + [0] * 10, [1] * 300], 1, 0))
+    segments = jnp.asarray([[1] * 90 + [2] * 200 + [0] * 10, [1] * 300])
     mask = Mask(segments, segments, causal=True, window=window)
     real = (segments != 0)[..., None, None]
 

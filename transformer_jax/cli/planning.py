@@ -95,9 +95,8 @@ def _search(name: str, options: PlanOptions, target: Target) -> int:
 def _command(name: str, options: PlanOptions, target: Target, found: Experiment) -> str:
     """Return what has to be typed for the plan of `found`; layers are scanned without being told."""
     compute = replace(found.compute, layers=options.experiment.compute.layers)
-    return (
-        f"tjax plan {name} {target.typed} {overrides_of(experiment_of(name), replace(found, compute=compute))}".rstrip()
-    )
+    overrides = overrides_of(experiment_of(name), replace(found, compute=compute))
+    return f"tjax plan {name} {target.typed} {overrides}".rstrip()
 
 
 def _undivided(name: str, options: PlanOptions, target: Target) -> UserError:
@@ -109,9 +108,8 @@ def _undivided(name: str, options: PlanOptions, target: Target) -> UserError:
         say(f"{name}: batches that {parts} parts divide do not fit {target.label}. Trying what would")
         trials = remedies(wanted, target, compile=False, tries=0, say=say)
         fitting = [trial.estimate.experiment for trial in trials if trial.fits]
-        wanted, how = (
-            (fitting[0], "This does, and fits by estimate") if fitting else (wanted, "This does, but does not fit")
-        )
+        how += ", and fits by estimate" if fitting else ", but does not fit"
+        wanted = fitting[0] if fitting else wanted
     return UserError(
         f"{experiment.name} has batches of a multiple of data.rows_multiple={experiment.data.rows_multiple} rows, "
         f"which {parts} parts (batch shards of {target.label} x train.accumulate) do not divide. "

@@ -20,7 +20,7 @@ from transformer_jax.planning.layouts import WHOLE, Layout
 from transformer_jax.planning.roofline import as_groups
 from transformer_jax.planning.trace import trace
 from transformer_jax.sharding import BATCH_AXES, CONTEXT, DATA, EXPERT, batch_shards
-from transformer_jax.train import Trainer, train_step
+from transformer_jax.train import Trainer, abstract_batch, train_step
 
 GATHERED = frozenset(BATCH_AXES)
 """Axes along which a parameter is put together before it is used."""
@@ -41,7 +41,7 @@ def estimated(trainer: Trainer) -> Estimate:
     With positions divided too, a device has the work of so many fewer rows, or of a share of one.
     """
     shards = batch_shards(trainer.mesh) * trainer.mesh.shape[CONTEXT]
-    batch = _batch(trainer, shards)
+    batch = abstract_batch(trainer.experiment.data.batch_shapes(), shards)
     closed = jax.make_jaxpr(partial(train_step, _traceable(trainer)))(trainer.abstract_state(), batch)
     layout = jax.tree.map(_layout, trainer.shardings(), trainer.abstract_state())
     arguments = [*jax.tree.leaves(layout, is_leaf=lambda x: isinstance(x, frozenset)), *[WHOLE] * len(batch)]
@@ -59,15 +59,6 @@ def estimated(trainer: Trainer) -> Estimate:
     return found if rows % shards == 0 else _shared(found, rows / shards / -(-rows // shards), set(known))
 
 
-def _batch(trainer: Trainer, shards: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a share of the rows of the largest batch."""
-    return {
-        name: jax.ShapeDtypeStruct((-(-shape[0] // shards), *shape[1:]), dtype)
-        for name, (shape, dtype) in trainer.experiment.data.batch_shapes().items()
-        if name != "example"
-    }
-
-
 def _around(trainer: Trainer) -> list[Exchange]:
     """List what devices pass on along context (ring attention, its order): the step says it, traced on the mesh.
 
@@ -75,8 +66,9 @@ def _around(trainer: Trainer) -> list[Exchange]:
     """
     if trainer.mesh.shape[CONTEXT] == 1:
         return []
+    batch = abstract_batch(trainer.experiment.data.batch_shapes())
     with jax.set_mesh(trainer.mesh):
-        closed = jax.make_jaxpr(partial(train_step, trainer))(trainer.abstract_state(), _batch(trainer, 1))
+        closed = jax.make_jaxpr(partial(train_step, trainer))(trainer.abstract_state(), batch)
     program = trace(closed, [WHOLE] * len(closed.jaxpr.invars), {}, GATHERED, product=FLOAT32)
     return estimate(program, trainer.mesh.shape, GATHERED).exchanges
 
