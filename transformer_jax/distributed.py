@@ -19,7 +19,7 @@ from orbax.checkpoint import multihost
 from transformer_jax import compilation_cache
 from transformer_jax.errors import UserError
 from transformer_jax.logs import say
-from transformer_jax.pulse import LOST, PATIENCE, STUCK, Pulse, end
+from transformer_jax.pulse import PATIENCE, STUCK, Pulse, end, who
 
 SLACK = 60
 """Seconds that JAX waits longer than we do: it ends the process with a stack trace of its own."""
@@ -85,13 +85,9 @@ def together(newest: Callable[[], str]) -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in reason:
+        if _pulse is None or "RESOURCE_EXHAUSTED" in reason:
             raise
-        say(
-            f"tjax: process {jax.process_index()} of {jax.process_count()} has lost the others ({reason[:200]}); "
-            f"{newest()}. Start all again with the same command: they continue there."
-        )
-        end(LOST)
+        _pulse.lose(f"{who()} has lost the others ({reason[:200]})", newest)
     finally:
         if _pulse is not None:
             _pulse.newest = None

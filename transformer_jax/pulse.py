@@ -55,6 +55,7 @@ class Pulse:
         """Says from where a restart goes on; while it is set, a loss ends this process."""
         self._heard = time.monotonic()
         self._missing: list[str] = []
+        self._said = threading.Lock()
         self._places: dict[int, int] = {}
         self._moved, self._stood = self._heard, 0.0
 
@@ -105,18 +106,26 @@ class Pulse:
             if seconds < PATIENCE:
                 said = 0
             elif seconds >= most:
-                say(
-                    f"tjax: {trouble(seconds)}: {why}; {newest()}. "
-                    "Start all again with the same command: they continue there."
-                )
-                end(LOST)
+                self.lose(f"{trouble(seconds)}: {why}", newest)
             elif seconds >= said + PATIENCE:
                 said = round(seconds)
                 say(trouble(seconds))
 
+    def lose(self, trouble: str, newest: Callable[[], str]) -> NoReturn:
+        """Say once why the job is lost and from where a restart goes on, and end this process.
+
+        Process 0 goes last: where all meet there is nobody then, and JAX aborts who has not ended yet, with a stack
+        trace. Those who look how far all are find a standstill up to PATIENCE seconds apart.
+        """
+        if self._said.acquire(blocking=False):
+            say(f"tjax: {trouble}; {newest()}. Start all again with the same command: they continue there.")
+        if jax.process_index() == 0:
+            time.sleep(EVERY + (PATIENCE if self._behind() else 0))
+        end(LOST)
+
     def _silence(self, seconds: float) -> str:
         whom = "process 0, where all meet" if jax.process_index() else "the others"
-        return f"{_who()} has heard nothing of {_named(self._missing) if self._missing else whom} for {seconds:.0f} s"
+        return f"{who()} has heard nothing of {_named(self._missing) if self._missing else whom} for {seconds:.0f} s"
 
     def _behind(self) -> list[str]:
         """Return the processes that have come less far than others."""
@@ -128,8 +137,8 @@ class Pulse:
     def _standstill(self, seconds: float) -> str:
         behind = self._behind()
         if str(jax.process_index()) in behind:
-            return f"{_who()} keeps the others waiting for {seconds:.0f} s, at {_line_of_main_thread()}"
-        return f"{_who()} has waited {seconds:.0f} s for {_named(behind)}"
+            return f"{who()} keeps the others waiting for {seconds:.0f} s, at {_line_of_main_thread()}"
+        return f"{who()} has waited {seconds:.0f} s for {_named(behind)}"
 
 
 def missing(refusal: str) -> list[str]:
@@ -150,7 +159,8 @@ def _line_of_main_thread() -> str:
     return ", in ".join(f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno} ({one.name})" for one in lines)
 
 
-def _who() -> str:
+def who() -> str:
+    """Name this process for a line to the user."""
     return f"process {jax.process_index()} of {jax.process_count()}"
 
 
