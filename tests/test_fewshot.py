@@ -20,6 +20,7 @@ from transformer_jax.completion import Completer
 from transformer_jax.errors import UserError
 from transformer_jax.fewshot import bootstrap, chance, evaluate, wilson
 from transformer_jax.generation import Generation
+from transformer_jax.recipes import find_recipe
 from transformer_jax.task_file import Item, Task, bundled_tasks, read_task
 
 MODEL = replace(MODERN, context=128, layers=1, windows=(9,))
@@ -183,6 +184,15 @@ def test_tasks_that_ship_say_where_they_come_from(name: str) -> None:
     assert len(task.test) >= 40
     assert len(task.train) >= 30
     assert not {item.parts("") for item in task.test} & {item.parts("") for item in task.train}
+
+
+@pytest.mark.parametrize("name", bundled_tasks())
+def test_the_demo_can_read_the_tasks_that_ship_with_the_default_examples(name: str) -> None:
+    recipe = find_recipe("gpt2_demo")
+    model = replace(MODEL, context=recipe.model.context)
+    demo = replace(completer(model, recipe.data.open(recipe.model.vocab_size).tokenizer), load=lambda: pytest.fail("loaded"))
+    for seed in range(3):
+        evaluate(demo, read_task(name), seed=seed)
 
 
 def test_a_task_is_a_json_object_or_json_lines(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Makes the two Shakespeare tasks from the bundled plays: `python -m transformer_jax.tasks.make_shakespeare`.
 
 Questions come from the scenes of the test split of `tjax_text/shakespeare`, examples from those of the validation
-split: no model that was trained on that dataset has seen either.
+split: no model that was trained on that dataset has seen either. All are so short that a question and four examples fit
+the 128 tokens that `gpt2_demo` reads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ SHORT: Final = {"Ham": "Hamlet", "Hor": "Horatio", "Laer": "Laertes", "Osr": "Os
 """Names that Hamlet abbreviates."""
 SOURCE: Final = "four plays of Shakespeare as bundled (tjax_text/shakespeare), scenes held out from training"
 LICENCE: Final = "public domain"
+ASKED: Final = "By:"
+LINE: Final = range(15, 41)
+"""Characters of a line whose speaker is asked for."""
+PASSAGE: Final = range(20, 61)
+"""Characters before and with the last word that is asked for."""
 _HEADER: Final = re.compile(r"\n\n((?:\d )?[A-Z][A-Za-z' ]{2,20})\.?\n(?=\S)")
 
 
@@ -37,18 +43,21 @@ def who_speaks(scene: str) -> Iterator[dict[str, Any]]:
     for name, text in said:
         line = " ".join(text.split())
         untold = not any(f"{other}." in line for other in names)
-        if len(names) > 1 and name in names and untold and 10 <= len(line.split()) <= 40:
+        if len(names) > 1 and name in names and untold and len(line) in LINE:
             choices = [f" {other}" for other in names]
-            yield {"context": f"{line}\nSpoken by:", "choices": choices, "answer": names.index(name)}
+            yield {"context": f"{line}\n{ASKED}", "choices": choices, "answer": names.index(name)}
 
 
 def last_word(scene: str) -> Iterator[dict[str, Any]]:
-    """Ask for the last word of a speech that is long enough to lead to it."""
+    """Ask for the last word of a speech, after as many of its last lines as are short enough."""
     for _, text in speeches(scene):
-        passage = re.sub(r"[^\w]+$", "", text)
-        last_line = passage.rpartition("\n")[2]
-        word = last_line.rpartition(" ")[2]
-        if 15 <= len(passage.split()) <= 90 and " " in last_line and re.fullmatch(r"[a-z]{4,}", word):
+        passage, *before = reversed(re.sub(r"[^\w]+$", "", text).split("\n"))
+        word = passage.rpartition(" ")[2]
+        for line in before:
+            if len(longer := f"{line}\n{passage}") not in PASSAGE:
+                break
+            passage = longer
+        if len(passage) in PASSAGE and passage != word and re.fullmatch(r"[a-z]{4,}", word):
             yield {"text": passage}
 
 
@@ -62,7 +71,7 @@ def main() -> None:
             "kind": "choice",
             "about": "Who of those on the stage says this?",
             **common,
-            "answer_context": "Spoken by:",
+            "answer_context": ASKED,
         },
         "shakespeare_last_word": {
             "kind": "last_word",
