@@ -101,6 +101,20 @@ def test_decoding_by_a_translator():
     assert point["prefill_seconds"]["median"] > 0
 
 
+@pytest.mark.parametrize(
+    ("context", "given", "taken"),
+    [
+        (48, (None, None), (24, 24)),
+        (48, (40, None), (40, 8)),
+        (48, (None, 12), (36, 12)),
+        (1024, (None, 500), (128, 500)),
+    ],
+)
+def test_without_a_number_of_tokens_what_is_written_fits_the_context(context, given, taken) -> None:
+    one = Prompted.fitting(experiment(replace(GPT2, context=context), TOKENIZER), *given)
+    assert (one.prompt, one.new) == taken
+
+
 def test_what_cannot_be_decoded():
     with pytest.raises(UserError, match=r"bert_tiny writes nothing"):
         bench_decode(find_recipe("bert_tiny"), Prompted(), QUICK, FAST)

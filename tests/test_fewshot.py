@@ -190,7 +190,9 @@ def test_tasks_that_ship_say_where_they_come_from(name: str) -> None:
 def test_the_demo_can_read_the_tasks_that_ship_with_the_default_examples(name: str) -> None:
     recipe = find_recipe("gpt2_demo")
     model = replace(MODEL, context=recipe.model.context)
-    demo = replace(completer(model, recipe.data.open(recipe.model.vocab_size).tokenizer), load=lambda: pytest.fail("loaded"))
+    demo = replace(
+        completer(model, recipe.data.open(recipe.model.vocab_size).tokenizer), load=lambda: pytest.fail("loaded")
+    )
     for seed in range(3):
         evaluate(demo, read_task(name), seed=seed)
 

@@ -50,6 +50,16 @@ class Prompted:
     weights: Weights = "float"
     """How matrices are held."""
 
+    @staticmethod
+    def fitting(experiment: Experiment, prompt: int | None, new: int | None, weights: Weights = "float") -> Prompted:
+        """Take 128 tokens of what is not given, or what a smaller context leaves for it."""
+        context = context_of(experiment)
+        left = [min(Prompted.new, context / 2 if other is None else context - other) for other in (new, prompt)]
+        before, after = (
+            max(int(rest), 1) if own is None else own for own, rest in zip((prompt, new), left, strict=True)
+        )
+        return Prompted(before, after, weights)
+
 
 @dataclass(frozen=True)
 class _Written:

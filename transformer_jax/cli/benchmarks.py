@@ -66,10 +66,10 @@ class BenchOptions:
     """Stop earlier where the 95 % interval of the median is narrower than this share of it."""
     peak: float = 0.0
     """Peak of one device in TFLOP/s, for a chip that is not known; by default it is measured."""
-    prompt: int = 128
-    """decode: tokens of a prompt."""
-    new: int = 128
-    """decode: tokens written after it."""
+    prompt: int | None = None
+    """decode: tokens of a prompt; by default 128, or half of a smaller context."""
+    new: int | None = None
+    """decode: tokens written after it; by default as many."""
     weights: Weights = "float"
     """decode: how matrices are held; float is the precision of the computation, int8 a byte a number."""
     layers: Numbers = (12, 96)
@@ -110,10 +110,10 @@ class PeersOptions:
     """Rows of a batch; by default the recipe's."""
     length: int = 0
     """train: tokens of a row (of each side); by default the recipe's."""
-    prompt: int = 128
-    """decode: tokens of a prompt."""
-    new: int = 128
-    """decode: tokens written after it."""
+    prompt: int | None = None
+    """decode: tokens of a prompt; by default 128, or half of a smaller context."""
+    new: int | None = None
+    """decode: tokens written after it; by default as many."""
     peers: tuple[Variant, ...] = ()
     """How PyTorch does it. train: eager, compile, compile-cudnn (with cuDNN's attention; GPUs); decode: with a cache
     that grows (dynamic), one of fixed size (static), and that compiled (static-compile). By default all."""
@@ -173,7 +173,7 @@ def _bench(_: str, options: BenchOptions) -> int:
         real_data=options.real_data,
         peak=options.peak,
         effort=Effort(options.budget, options.width, options.warm_cache),
-        prompted=Prompted(options.prompt, options.new, options.weights),
+        prompted=Prompted.fitting(options.experiment, options.prompt, options.new, options.weights),
         layers=options.layers,
         tokens_per_second=options.tokens_per_second,
     )
@@ -201,7 +201,7 @@ def _compare(target: str, options: CompareOptions) -> int:
 
 def _peers(_: str, options: PeersOptions) -> int:
     experiment = sized(options.experiment, options.batch, options.length)
-    prompted = Prompted(options.prompt, options.new) if options.what == "decode" else None
+    prompted = Prompted.fitting(experiment, options.prompt, options.new) if options.what == "decode" else None
     found = bench_peers(experiment, options.peers, options.python, options.budget, prompted)
     if options.json:
         print_json(found)
