@@ -117,6 +117,55 @@ def test_nobody_is_asked_while_this_process_moves():
         one._look(told)
 
 
+@pytest.fixture
+def ended(monkeypatch):
+    """Process 2 of 3, which would end; returns what it says and tells, and its exit code."""
+    said, told, codes = [], [], []
+
+    def end(code):
+        codes.append(code)
+        raise SystemExit
+
+    client = SimpleNamespace(
+        key_value_set=lambda key, why, allow_overwrite: told.append((key, why)),
+        blocking_key_value_get=lambda key, milliseconds: "process 0 of 3 has lost the others",
+    )
+    monkeypatch.setattr(pulse, "say", said.append)
+    monkeypatch.setattr(pulse, "end", end)
+    monkeypatch.setattr(pulse.multihost, "get_jax_distributed_client", lambda: client)
+    monkeypatch.setattr(jax, "process_index", lambda: 2)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    return said, told, codes
+
+
+def test_before_training_a_loss_ends_the_job_too_and_a_bug_is_shown(monkeypatch, ended, capsys):
+    said, told, codes = ended
+    monkeypatch.setattr(distributed, "_pulse", pulse.Pulse(100))
+    monkeypatch.setattr(distributed, "part", codes.append)
+    with pytest.raises(SystemExit):
+        distributed._crashed(
+            jax.errors.JaxRuntimeError, jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed"), None
+        )
+    distributed._crashed(jax.errors.JaxRuntimeError, jax.errors.JaxRuntimeError("INTERNAL: a bug"), None)
+    reason = "process 2 of 3 has lost the others (UNKNOWN: Gloo AllGather failed)"
+    assert [line.partition("; ")[0] for line in said] == [f"tjax: {reason}"]
+    assert "; no step was under way. Start all again" in said[0]
+    assert told == [(pulse.ENDS, reason)]
+    assert codes == [pulse.LOST, 1]
+    assert "INTERNAL: a bug" in capsys.readouterr().err
+
+
+def test_what_one_finds_lost_ends_the_others_unless_they_are_through(ended):
+    said, _, codes = ended
+    one = pulse.Pulse(100)
+    with pytest.raises(SystemExit):
+        one._listen()
+    assert said[0].startswith("tjax: process 2 of 3 ends too (process 0 of 3 has lost the others); no step")
+    one.newest = None
+    one._listen()
+    assert codes == [pulse.LOST]
+
+
 @pytest.mark.parametrize("value", ["soon", "0", "-3"])
 def test_patience_is_a_number_of_seconds(monkeypatch, value):
     for name, own in {"TJAX_COORDINATOR": "h:1", "TJAX_PROCESSES": "2", "TJAX_PROCESS": "0"}.items():

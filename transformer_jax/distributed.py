@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -19,13 +20,16 @@ from orbax.checkpoint import multihost
 from transformer_jax import compilation_cache
 from transformer_jax.errors import UserError
 from transformer_jax.logs import say
-from transformer_jax.pulse import PATIENCE, STUCK, Pulse, end, who
+from transformer_jax.pulse import IDLE, PATIENCE, STUCK, Pulse, end, who
 
 SLACK = 60
 """Seconds that JAX waits longer than we do: it ends the process with a stack trace of its own."""
 
 PARTING = 30
 """Seconds that a process with an error gives the others to come to the same."""
+
+GONE = re.compile(r"Gloo|closed by peer|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED")
+"""In an error of JAX outside of training: another process does not answer."""
 
 _pulse: Pulse | None = None
 
@@ -84,10 +88,9 @@ def together(newest: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split())
-        if _pulse is None or "RESOURCE_EXHAUSTED" in reason:
+        if _pulse is None or "RESOURCE_EXHAUSTED" in str(error):
             raise
-        _pulse.lose(f"{who()} has lost the others ({reason[:200]})", newest)
+        _pulse.lose(_lost(error), newest)
     finally:
         if _pulse is not None:
             _pulse.newest = None
@@ -107,8 +110,14 @@ def part(code: int) -> None:
 
 
 def _crashed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if _pulse is not None and issubclass(kind, jax.errors.JaxRuntimeError) and GONE.search(str(error)):
+        _pulse.lose(_lost(error), _pulse.newest or (lambda: IDLE))
     sys.__excepthook__(kind, error, trace)
     part(1)
+
+
+def _lost(error: BaseException) -> str:
+    return f"{who()} has lost the others ({' '.join(str(error).split())[:200]})"
 
 
 def advance() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -24,14 +25,23 @@ PATIENCE = 30
 EVERY = 5
 """Seconds between two meetings of all processes."""
 
+FOREVER = 10**6
+"""Seconds that no job lasts without a restart."""
+
 SUSPENDED = 10
 """Seconds that a nap of one takes where this process itself did not run: the machine slept, or it was stopped."""
 
 PLACES = "tjax_places"
 """Where the processes tell each other how far they are, in the key-value store of the job."""
 
+ENDS = "tjax_ends"
+"""Where the first to find the job lost says why."""
+
 STUCK = 1800
 """Seconds for which one may stand still while others wait: longer than what one does alone (compile, read, write)."""
+
+IDLE = "no step was under way"
+"""What is said of a loss before or after training."""
 
 LOST = 75
 """Exit code where another process was lost: try again (EX_TEMPFAIL of sysexits.h)."""
@@ -51,7 +61,7 @@ class Pulse:
         """Seconds after which another process is taken for lost: of silence, and of standing still."""
         self.place = 0
         """Programs for all processes that the main thread has come to."""
-        self.newest: Callable[[], str] | None = None
+        self.newest: Callable[[], str] | None = lambda: IDLE
         """Says from where a restart goes on; while it is set, a loss ends this process."""
         self._heard = time.monotonic()
         self._missing: list[str] = []
@@ -60,8 +70,8 @@ class Pulse:
         self._moved, self._stood = self._heard, 0.0
 
     def start(self) -> None:
-        """Begin, in two threads that end with the process."""
-        for work in (self._meet, self._watch):
+        """Begin, in threads that end with the process."""
+        for work in (self._meet, self._watch, self._listen):
             threading.Thread(target=work, daemon=True).start()
 
     def _meet(self) -> None:
@@ -111,16 +121,28 @@ class Pulse:
                 said = round(seconds)
                 say(trouble(seconds))
 
+    def _listen(self) -> None:
+        try:
+            why = multihost.get_jax_distributed_client().blocking_key_value_get(ENDS, 1000 * FOREVER)
+        except jax.errors.JaxRuntimeError:  # the job has ended
+            return
+        if (newest := self.newest) is not None:
+            self.lose(f"{who()} ends too ({why})", newest)
+
     def lose(self, trouble: str, newest: Callable[[], str]) -> NoReturn:
-        """Say once why the job is lost and from where a restart goes on, and end this process.
+        """Say once why the job is lost and from where a restart goes on, tell the others, and end this process.
 
         Process 0 goes last: where all meet there is nobody then, and JAX aborts who has not ended yet, with a stack
-        trace. Those who look how far all are find a standstill up to PATIENCE seconds apart.
+        trace.
         """
         if self._said.acquire(blocking=False):
-            say(f"tjax: {trouble}; {newest()}. Start all again with the same command: they continue there.")
+            say(f"tjax: {trouble}; {newest()}. Start all again with the same command: they go on from what was saved.")
+            # Where process 0 does not answer, neither does this.
+            telling = threading.Thread(target=_tell, args=(trouble,), daemon=True)
+            telling.start()
+            telling.join(EVERY)
         if jax.process_index() == 0:
-            time.sleep(EVERY + (PATIENCE if self._behind() else 0))
+            time.sleep(EVERY)
         end(LOST)
 
     def _silence(self, seconds: float) -> str:
@@ -139,6 +161,12 @@ class Pulse:
         if str(jax.process_index()) in behind:
             return f"{who()} keeps the others waiting for {seconds:.0f} s, at {_line_of_main_thread()}"
         return f"{who()} has waited {seconds:.0f} s for {_named(behind)}"
+
+
+def _tell(why: str) -> None:
+    # ValueError: JAX has left the job already.
+    with contextlib.suppress(jax.errors.JaxRuntimeError, ValueError):
+        multihost.get_jax_distributed_client().key_value_set(ENDS, why, allow_overwrite=True)
 
 
 def missing(refusal: str) -> list[str]:
