@@ -127,8 +127,7 @@ def ended(monkeypatch):
         raise SystemExit
 
     client = SimpleNamespace(
-        key_value_set=lambda key, why, allow_overwrite: told.append((key, why)),
-        blocking_key_value_get=lambda key, milliseconds: "process 0 of 3 has lost the others",
+        key_value_set=lambda key, why: told.append((key, why)),
     )
     monkeypatch.setattr(pulse, "say", said.append)
     monkeypatch.setattr(pulse, "end", end)
@@ -150,19 +149,20 @@ def test_before_training_a_loss_ends_the_job_too_and_a_bug_is_shown(monkeypatch,
     reason = "process 2 of 3 has lost the others (UNKNOWN: Gloo AllGather failed)"
     assert [line.partition("; ")[0] for line in said] == [f"tjax: {reason}"]
     assert "; no step was under way. Start all again" in said[0]
-    assert told == [(pulse.ENDS, reason)]
+    assert told == [(f"{pulse.ENDS}/first", reason)]
     assert codes == [pulse.LOST, 1]
     assert "INTERNAL: a bug" in capsys.readouterr().err
 
 
 def test_what_one_finds_lost_ends_the_others_unless_they_are_through(ended):
     said, _, codes = ended
-    one = pulse.Pulse(100)
+    one, told = pulse.Pulse(100), [("tjax_ends/first", "process 0 of 3 has lost the others")]
+    one._heed([])
     with pytest.raises(SystemExit):
-        one._listen()
+        one._heed(told)
     assert said[0].startswith("tjax: process 2 of 3 ends too (process 0 of 3 has lost the others); no step")
     one.newest = None
-    one._listen()
+    one._heed(told)
     assert codes == [pulse.LOST]
 
 

@@ -25,9 +25,6 @@ PATIENCE = 30
 EVERY = 5
 """Seconds between two meetings of all processes."""
 
-FOREVER = 10**6
-"""Seconds that no job lasts without a restart."""
-
 SUSPENDED = 10
 """Seconds that a nap of one takes where this process itself did not run: the machine slept, or it was stopped."""
 
@@ -70,14 +67,15 @@ class Pulse:
         self._moved, self._stood = self._heard, 0.0
 
     def start(self) -> None:
-        """Begin, in threads that end with the process."""
-        for work in (self._meet, self._watch, self._listen):
+        """Begin, in two threads that end with the process."""
+        for work in (self._meet, self._watch):
             threading.Thread(target=work, daemon=True).start()
 
     def _meet(self) -> None:
         meeting, store = multihost.get_barrier_sync_fn(), multihost.get_jax_distributed_client()
         for number in itertools.count():
             try:
+                self._heed(store.key_value_dir_get(ENDS))
                 store.key_value_set(f"{PLACES}/{jax.process_index()}", str(self.place), allow_overwrite=True)
                 meeting(key=f"tjax_pulse_{number}", timeout_ms=PATIENCE * 500)
             except jax.errors.JaxRuntimeError as error:
@@ -121,19 +119,16 @@ class Pulse:
                 said = round(seconds)
                 say(trouble(seconds))
 
-    def _listen(self) -> None:
-        try:
-            why = multihost.get_jax_distributed_client().blocking_key_value_get(ENDS, 1000 * FOREVER)
-        except jax.errors.JaxRuntimeError:  # the job has ended
-            return
-        if (newest := self.newest) is not None:
-            self.lose(f"{who()} ends too ({why})", newest)
+    def _heed(self, told: list[tuple[str, str]]) -> None:
+        """End where another has found the job lost, unless this process is through."""
+        if told and (newest := self.newest) is not None:
+            self.lose(f"{who()} ends too ({told[0][1]})", newest)
 
     def lose(self, trouble: str, newest: Callable[[], str]) -> NoReturn:
         """Say once why the job is lost and from where a restart goes on, tell the others, and end this process.
 
         Process 0 goes last: where all meet there is nobody then, and JAX aborts who has not ended yet, with a stack
-        trace.
+        trace. It waits for as long as they may take to hear of it, between two meetings.
         """
         if self._said.acquire(blocking=False):
             say(f"tjax: {trouble}; {newest()}. Start all again with the same command: they go on from what was saved.")
@@ -142,7 +137,7 @@ class Pulse:
             telling.start()
             telling.join(EVERY)
         if jax.process_index() == 0:
-            time.sleep(EVERY)
+            time.sleep(EVERY + PATIENCE // 2)
         end(LOST)
 
     def _silence(self, seconds: float) -> str:
@@ -166,7 +161,7 @@ class Pulse:
 def _tell(why: str) -> None:
     # ValueError: JAX has left the job already.
     with contextlib.suppress(jax.errors.JaxRuntimeError, ValueError):
-        multihost.get_jax_distributed_client().key_value_set(ENDS, why, allow_overwrite=True)
+        multihost.get_jax_distributed_client().key_value_set(f"{ENDS}/first", why)
 
 
 def missing(refusal: str) -> list[str]:
