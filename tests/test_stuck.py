@@ -126,9 +126,7 @@ def ended(monkeypatch):
         codes.append(code)
         raise SystemExit
 
-    client = SimpleNamespace(
-        key_value_set=lambda key, why: told.append((key, why)),
-    )
+    client = SimpleNamespace(key_value_set=lambda key, why: told.append((key, why)))
     monkeypatch.setattr(pulse, "say", said.append)
     monkeypatch.setattr(pulse, "end", end)
     monkeypatch.setattr(pulse.multihost, "get_jax_distributed_client", lambda: client)

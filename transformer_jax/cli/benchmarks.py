@@ -67,9 +67,9 @@ class BenchOptions:
     peak: float = 0.0
     """Peak of one device in TFLOP/s, for a chip that is not known; by default it is measured."""
     prompt: int | None = None
-    """decode: tokens of a prompt; by default 128, or half of a smaller context."""
+    """decode: tokens of a prompt; by default 128, or half of a smaller context, or what --new leaves."""
     new: int | None = None
-    """decode: tokens written after it; by default as many."""
+    """decode: tokens written after it; by default 128, or what a smaller context leaves."""
     weights: Weights = "float"
     """decode: how matrices are held; float is the precision of the computation, int8 a byte a number."""
     layers: Numbers = (12, 96)
@@ -111,9 +111,9 @@ class PeersOptions:
     length: int = 0
     """train: tokens of a row (of each side); by default the recipe's."""
     prompt: int | None = None
-    """decode: tokens of a prompt; by default 128, or half of a smaller context."""
+    """decode: tokens of a prompt; by default 128, or half of a smaller context, or what --new leaves."""
     new: int | None = None
-    """decode: tokens written after it; by default as many."""
+    """decode: tokens written after it; by default 128, or what a smaller context leaves."""
     peers: tuple[Variant, ...] = ()
     """How PyTorch does it. train: eager, compile, compile-cudnn (with cuDNN's attention; GPUs); decode: with a cache
     that grows (dynamic), one of fixed size (static), and that compiled (static-compile). By default all."""
