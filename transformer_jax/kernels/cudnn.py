@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -43,7 +44,7 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) 
     """Attend: the output [B, T, N, H].
 
     Padding and causality cost nothing: cuDNN takes the lengths of the rows. Documents packed into a row, and windows
-    that look ahead, have to be given as an array [B, 1, T, S].
+    that look ahead, have to be given as an array [B, 1, T, S]; beside it causality still leaves out half of the work.
     """
     b, t = q_BTNH.shape[:2]
     s = k_BSKH.shape[1]
@@ -53,10 +54,12 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) 
                 f"compute.attention=cudnn serves packed rows of an even number of positions only, not {t} x {s}; pad "
                 "them, or set compute.attention=blockwise."
             )
-        visible = mask.visible(t, s)
+        visible = replace(mask, causal=False).visible(t, s)
         assert visible is not None
         visible = jnp.broadcast_to(visible, (b, t, s))[:, None]
-        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=visible, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, mask=visible, is_causal=mask.causal, implementation="cudnn"
+        )
     lengths = None
     if mask.kv_segments_BS is not None:
         # A row of padding alone looks at its first place: with no key at all there is no softmax.
