@@ -20,8 +20,9 @@ def gpt2_124m() -> Experiment:
         name="gpt2_124m",
         model=GPT2,
         objective=CausalLM(),
-        # 512 x 1024 tokens a batch (section 2.3). WebText was not published; C4 stands in.
-        data=PackedText(dataset="c4/en", context=1024, batch_rows=512, rows_multiple=512),
+        # 512 x 1024 tokens a batch (section 2.3). WebText was not published; C4 stands in. Whether documents of a row
+        # see each other is not said; as in GPT-3 they do.
+        data=PackedText(dataset="c4/en", context=1024, batch_rows=512, rows_multiple=512, separate=False),
         optim=OptimConfig(
             # The paper gives no rates; these are those with which it has been reproduced.
             schedule=ScheduleConfig(kind="cosine", peak=6e-4, warmup=2000, steps=steps, final=0.1),
@@ -80,7 +81,7 @@ def _gpt3(
     """Table 2.1 and appendix B of Brown 2020.
 
     The rate warms up over 375M tokens and falls to 10 % over 260B; the batch grows linearly from 32,000 tokens to its
-    full size over the first 4 to 12B tokens, here in steps of doubling rows over 8B.
+    full size over the first 4 to 12B tokens, here in steps of doubling rows over 8B. Documents of a row see each other.
     """
     rows = round(batch / 2048 / 256) * 256
     ramp = _ramp(rows, 8e9)
@@ -89,7 +90,7 @@ def _gpt3(
         name=name,
         model=replace(GPT3, width=width, layers=layers, heads=heads),
         objective=CausalLM(chunk=256),
-        data=PackedText(dataset="c4/en", context=2048, batch_rows=rows, rows_multiple=16, ramp=ramp),
+        data=PackedText(dataset="c4/en", context=2048, batch_rows=rows, rows_multiple=16, ramp=ramp, separate=False),
         optim=OptimConfig(
             schedule=ScheduleConfig(kind="cosine", peak=peak, warmup=warmup, steps=decay, final=0.1),
             b2=0.95,

@@ -92,7 +92,7 @@ def by_position(trainer: Trainer, params: Params, batches: Iterable[Batch]) -> B
         x_BTD = model.read(batch)
         nll_BT = _nll(model, x_BTD, jnp.maximum(targets_BT, 0), objective.chunk or targets_BT.shape[1])
         length = targets_BT.shape[1]
-        place_BT = jnp.where(targets_BT >= 0, batch["positions"], length)
+        place_BT = jnp.where(targets_BT >= 0, batch.get("positions", jnp.arange(length)), length)  # absent: one text
         zeros_T = jnp.zeros(length)
         return zeros_T.at[place_BT].add(nll_BT, mode="drop"), zeros_T.at[place_BT].add(1.0, mode="drop")
 

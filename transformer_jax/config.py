@@ -51,7 +51,7 @@ class ComputeConfig(Config):
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but the matmuls, or whole layers."""
     layers: Literal["auto", "scan", "unrolled"] = "auto"
-    """Scan over stacked layers (compile time flat in depth) or unroll them; auto unrolls on CPU up to 24 layers."""
+    """Scan over stacked layers (compile time flat in depth) or unroll them; auto unrolls up to 24, but on TPU."""
     attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = "auto"
     """Attention backend: plain; in blocks, with memory linear in context; the kernels for GPU and TPU. auto takes the
     fastest that can serve; a named one that cannot is an error."""

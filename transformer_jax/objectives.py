@@ -46,14 +46,36 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     Label smoothing: Szegedy 2016, section 7; Vaswani 2017, section 5.4.
     """
     logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    picked = _picked(logits, labels)
     even = smoothing * logits.mean(-1) if smoothing else 0.0
     return jax.nn.logsumexp(logits, axis=-1) - (1 - smoothing) * picked - even
 
 
+@jax.custom_vjp
+def _picked(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Return the label's logit: [..., V] and [...] -> [...].
+
+    The derivative of a gather is a scatter into zeros, a second array of all logits. A comparison that compilers fuse
+    with what else the gradient of the logits is made of takes none.
+    """
+    return jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+
+
+def _picked_forward(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+    return _picked(logits, labels), (labels, jnp.arange(logits.shape[-1], dtype=labels.dtype))
+
+
+def _picked_backward(kept: Any, g: jax.Array) -> tuple[jax.Array, None]:
+    labels, tokens_V = kept
+    return jnp.where(labels[..., None] == tokens_V, g[..., None], 0), None
+
+
+_picked.defvjp(_picked_forward, _picked_backward)
+
+
 def _hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Whether no token scores better than the label: [..., V] and [...] -> booleans; cheaper than to find the best."""
-    return jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0] >= logits.max(-1)
+    return _picked(logits, labels) >= logits.max(-1)
 
 
 def _scored(logits: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:

@@ -224,7 +224,21 @@ def packed_batch(rows, length, seed=0):
     return {name: array.astype(np.int32) for name, array in arrays.items()} | {"bytes": np.ones(rows, np.float32)}
 
 
-def test_sharded_equals_single_device():
+def test_a_row_without_positions_is_one_text():
+    batch = packed_batch(8, T)
+    model = Skeleton.of(DIALECTS["gpt2"], SCANNED)
+    model = model.bind(model.init(jax.random.key(0)))
+    joined = batch | {"segments": np.sign(batch["segments"])}
+    one = joined | {"positions": np.broadcast_to(np.arange(T, dtype=np.int32), (8, T))}
+    del joined["positions"]
+    read = jax.jit(model.read)
+    real = one["segments"] > 0
+    np.testing.assert_allclose(read(joined)[real], read(one)[real], atol=1e-5)
+    assert not np.allclose(read(joined)[real], read(batch)[real], atol=1e-2)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_sharded_equals_single_device(apart):
     config = replace(LLAMA, layers=4, kv_heads=2, windows=(0, 5), qk_norm=True)
     experiment = Experiment(
         name="tiny",
@@ -235,7 +249,10 @@ def test_sharded_equals_single_device():
         train=TrainConfig(),
         compute=SCANNED,
     )
-    assert_same_step_on_a_mesh(experiment, packed_batch(8, T))
+    batch = packed_batch(8, T)
+    if not apart:
+        del batch["positions"]
+    assert_same_step_on_a_mesh(experiment, batch)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ class PackedText(DocumentConfig):
 
     A batch is {"tokens", "targets", "segments", "positions": int32 [B, T]; "bytes": float32 [B]; "example": int64 [B]}.
     Targets are -1 where there is none; segments count the documents of a row from 1, and 0 is padding; positions begin
-    anew in each; bytes are those of UTF-8 that the targets of a row stand for; example is the training document a row
-    begins in.
+    anew in each, and are absent where documents are not kept apart; bytes are those of UTF-8 that the targets of a row
+    stand for; example is the training document a row begins in.
     """
 
     tokenizer: str = ""
@@ -33,7 +33,8 @@ class PackedText(DocumentConfig):
     ramp: tuple[tuple[int, int], ...] = ()
     """Smaller batches at first: (rows, steps) of each stage before batch_rows (Brown 2020, section 2.3)."""
     separate: bool = True
-    """Documents of a row do not see each other; False makes a row one text, as in nanoGPT."""
+    """Documents of a row do not see each other; False makes a row one text, as GPT-3 was trained (Brown 2020, appendix
+    B) and as in nanoGPT. cuDNN's attention is faster so."""
 
     roles: ClassVar[tuple[Role, ...]] = ("eos",)
 
@@ -63,7 +64,7 @@ class PackedText(DocumentConfig):
     def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return shape and dtype of each array of the largest batch, over all processes."""
         rows = max([self.batch_rows, *(rows for rows, _ in self.ramp)])
-        names = ("tokens", "targets", "segments", "positions")
+        names = ("tokens", "targets", "segments", *(["positions"] if self.separate else []))
         return {
             **{name: ((rows, self.context), "int32") for name in names},  # noqa: C420 - fromkeys loses the types
             "bytes": ((rows,), "float32"),

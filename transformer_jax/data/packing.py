@@ -83,10 +83,11 @@ class Stream:
             "tokens": np.full(shape, self._end, np.int32),
             "targets": np.full(shape, NO_TARGET, np.int32),
             "segments": np.zeros(shape, np.int32),
-            "positions": np.zeros(shape, np.int32),
             "bytes": np.zeros(len(rows_B), np.float32),
             "example": np.full(len(rows_B), EMPTY, np.int64),
         }
+        if self._separate:
+            batch["positions"] = np.zeros(shape, np.int32)
         epoch_B = np.where(rows_B >= 0, rows_B // self.rows, EMPTY)
         for number in np.unique(epoch_B[rows_B >= 0]):
             here_R = np.flatnonzero(epoch_B == number)
@@ -124,7 +125,8 @@ class Stream:
         batch["tokens"][place] = np.where(into_E == 0, self._end, input_E)
         batch["targets"][place] = np.where(last_E, self._end, target_E)
         batch["segments"][place] = np.repeat(number_P, length_P) + 1 if self._separate else 1
-        batch["positions"][place] = within_E if self._separate else column_E
+        if self._separate:
+            batch["positions"][place] = within_E
         batch["example"][here_R] = epoch.order[first_R]
 
 

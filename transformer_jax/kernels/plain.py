@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from transformer_jax.kernels.mask import Mask
+from transformer_jax.kernels.products import widened
 
 PIECE, PIECES = 128, 4
 """Least positions of a piece of a causal row, and most pieces: to n of them goes a share (n + 1) / 2n of all scores."""
@@ -43,34 +46,34 @@ def _attend(
     # Heads before positions, once: every product and its gradients then read rows as they lie.
     q_BKGTH = (q_BTNH * h**-0.5).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    scores_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    scores_BKGTS = widened(partial(jnp.einsum, "BKGTH,BKSH->BKGTS"), q_BKGTH, k_BKSH)
     scores_BNTS = scores_BKGTS.reshape(b, n, t, s)
     visible = mask.visible(t, s)
     if visible is not None:
         # In float32 such a sum is -1e30 whatever the score: finite, so that what sees nothing (padding) is finite too.
         scores_BNTS += jnp.where(visible, 0.0, -1e30)[:, None]
-    weights_BNTS = softmax(scores_BNTS)
+    weights_BNTS = softmax(scores_BNTS, v_BSKH.dtype)
     kept_BNTS = weights_BNTS
     if key is not None and dropout:
         keep_BNTS = jax.random.bernoulli(key, 1.0 - dropout, weights_BNTS.shape)
         kept_BNTS = jnp.where(keep_BNTS, weights_BNTS / (1.0 - dropout), 0.0)
-    kept_BKGTS = kept_BNTS.reshape(scores_BKGTS.shape).astype(v_BSKH.dtype)
-    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", kept_BKGTS, v_BKSH)
+    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", kept_BNTS.reshape(scores_BKGTS.shape), v_BKSH)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h), weights_BNTS
 
 
-@jax.custom_vjp
-def softmax(x: jax.Array) -> jax.Array:
-    """Take the softmax over the last axis; its gradient reads the result only, a pass fewer than JAX's own."""
-    return jax.nn.softmax(x, axis=-1)
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def softmax(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Take the softmax over the last axis, rounded to `dtype`; its gradient reads, and so keeps, the result only."""
+    return jax.nn.softmax(x, axis=-1).astype(dtype)
 
 
-def _softmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    y = softmax(x)
+def _softmax(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    y = softmax(x, dtype)
     return y, y
 
 
-def _softmax_gradient(y: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+def _softmax_gradient(_dtype: jnp.dtype, y: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    y, dy = y.astype(jnp.float32), dy.astype(jnp.float32)
     return (y * (dy - (y * dy).sum(-1, keepdims=True)),)
 
 

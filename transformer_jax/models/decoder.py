@@ -131,15 +131,17 @@ class Decoder(nnx.Module):
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         *,
+        apart: bool = True,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Read embedded rows: [B, T, D] -> [B, T, D], normalised; segments keep documents apart (0 is padding).
 
-        With experts also what each layer sums of its routing: [L, X], as `nn.moe.SUMS` names it.
+        Unless `apart`, a row is one text, and segments only tell padding: flash attention is faster so. With experts
+        also what each layer sums of its routing: [L, X], as `nn.moe.SUMS` names it.
         """
         place_key, stack_key = split(key, 2)
         x_BTD = self.placed(x_BTD, positions_BT, place_key)
-        mask = Mask(segments_BT, segments_BT, causal=True)
+        mask = Mask(segments_BT, segments_BT if apart else None, causal=True)
         x_BTD, sums_LX = balanced(self.decoder.routed, x_BTD, mask, positions_BT, key=stack_key)
         return self.normed(x_BTD), sums_LX
 

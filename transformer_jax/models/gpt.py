@@ -108,9 +108,7 @@ class GPT(Decoder):
         self, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Read a batch as `read` does, and sum what its experts cost and how busy they are, over real positions."""
-        x_BTD, sums_LX = self.decode(
-            self.embedding(batch["tokens"], self.dtype), batch["segments"], batch.get("positions"), key=key
-        )
+        x_BTD, sums_LX = self._decoded(batch, key)
         return x_BTD, {} if sums_LX is None else routing(sums_LX, self.config.experts)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
@@ -119,8 +117,12 @@ class GPT(Decoder):
         return constrain((self.embedding if self.output is None else self.output).logits(x_BTD), "BTV")
 
     def read(self, batch: Mapping[str, jax.Array], *, key: jax.Array | None = None) -> jax.Array:
-        """Read the rows of a batch: [B, T] -> [B, T, D]."""
-        return self.features(batch["tokens"], batch["segments"], batch.get("positions"), key=key)
+        """Read the rows of a batch: [B, T] -> [B, T, D]; each is one text where there are no "positions"."""
+        return self._decoded(batch, key)[0]
+
+    def _decoded(self, batch: Mapping[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        x_BTD, positions_BT = self.embedding(batch["tokens"], self.dtype), batch.get("positions")
+        return self.decode(x_BTD, batch["segments"], positions_BT, apart=positions_BT is not None, key=key)
 
     def label(self, x_BTD: jax.Array, segments_BT: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Score the labels by the last real token of each row: [B, T, D] -> float32 [B, Z]."""

@@ -195,7 +195,7 @@ class Block(nnx.Module):
             weights["cross"] = crossed.weights_BNTS
         h_BTD = self.feedforward_residual.enter(x_BTD)
         if isinstance(self.feedforward, Experts):
-            real_BT = None if mask.q_segments_BT is None else mask.q_segments_BT != 0
+            real_BT = None if mask.kv_segments_BS is None else mask.kv_segments_BS != 0  # the row sees itself
             # To be passed by for want of a place is a hazard of training, as dropout is.
             h_BTD, weights["routing"] = self.feedforward(h_BTD, real_BT, limited=key is not None)
         else:

@@ -7,13 +7,17 @@ Randomness in a forward pass is `key`; `None` means deterministic.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial, wraps
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from transformer_jax.kernels.products import widened
 from transformer_jax.sharding import constrain, mesh_at_hand
 
 Dims = dict[str, int]
@@ -52,6 +56,35 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+_LOOPED: ContextVar[bool] = ContextVar("looped", default=False)
+
+
+@contextmanager
+def looped() -> Iterator[None]:
+    """Say that what is traced within is the body of a loop (`recomputed`)."""
+    token = _LOOPED.set(True)
+    try:
+        yield
+    finally:
+        _LOOPED.reset(token)
+
+
+def recomputed(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Let the gradient of a cheap function compute it again from what it reads.
+
+    Else everything that it computes on the way is kept: half a dozen arrays of a GELU, each written to memory and read
+    again. The body of a loop has no backward pass beside it that a compiler could merge with the forward pass; where
+    there is no loop, a barrier keeps it from doing so.
+    """
+
+    @wraps(f)
+    def call(*inputs: jax.Array) -> jax.Array:
+        out: jax.Array = jax.checkpoint(f, prevent_cse=not _LOOPED.get())(*inputs)
+        return out
+
+    return call
+
+
 def rows(x: jax.Array) -> jax.Array:
     """Merge all axes but the last, [B, T, D] -> [B T, D]; on a mesh, which divides them apart, leave x as it is.
 
@@ -61,12 +94,12 @@ def rows(x: jax.Array) -> jax.Array:
     return x if mesh_at_hand().size > 1 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def product(x: jax.Array, weight: jax.Array, axes: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
+def product(x: jax.Array, weight: jax.Array, axes: int = 1, **options: Any) -> jax.Array:
     """Contract the last axes of x with the first of a weight; on one device as matrices, as CPUs are fast at."""
     if mesh_at_hand().size > 1:
-        return jnp.tensordot(x, weight, axes, preferred_element_type=dtype)
+        return jnp.tensordot(x, weight, axes, **options)
     kept, inner = x.shape[: x.ndim - axes], math.prod(weight.shape[:axes])
-    matrix = jnp.dot(x.reshape(math.prod(kept), inner), weight.reshape(inner, -1), preferred_element_type=dtype)
+    matrix = jnp.dot(x.reshape(math.prod(kept), inner), weight.reshape(inner, -1), **options)
     return matrix.reshape(*kept, *weight.shape[axes:])
 
 
@@ -96,7 +129,7 @@ class Linear(nnx.Module):
             y = product(x, self.weight[...].astype(x.dtype), self.contracted)
         else:
             weight = tied(self.weight[...], x).astype(x.dtype)
-            y = product(x, weight, self.contracted, jnp.float32)
+            y = product(x, weight, self.contracted, preferred_element_type=jnp.float32)
             y = (y * self.scale[...]).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -120,7 +153,7 @@ class Embedding(nnx.Module):
         # Left to itself, XLA lays BERT's gaps out so that on a 2 x 2 x 2 mesh their gradient comes out wrong.
         x_BTD, table = constrain(x_BTD, "BTD"), self.table[...]
         table = (table if self.scale is None else tied(table, x_BTD)).astype(x_BTD.dtype)
-        logits_BTV = product(x_BTD, table.T, dtype=jnp.float32)
+        logits_BTV = widened(product, x_BTD, table.T)
         return logits_BTV if self.scale is None else logits_BTV * self.scale[...]
 
 
@@ -134,10 +167,15 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise x; the result has its dtype."""
-        y = rows(x).astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype).reshape(x.shape)
+
+        @recomputed
+        def normalised(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+            y = x.astype(jnp.float32)
+            y = y - y.mean(-1, keepdims=True)
+            y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+            return (y * scale + bias).astype(x.dtype)
+
+        return normalised(rows(x), self.scale[...], self.bias[...]).reshape(x.shape)
 
 
 class RMSNorm(nnx.Module):
@@ -149,9 +187,14 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise x; the result has its dtype."""
-        y = rows(x).astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype).reshape(x.shape)
+
+        @recomputed
+        def normalised(x: jax.Array, scale: jax.Array) -> jax.Array:
+            y = x.astype(jnp.float32)
+            y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+            return (y * scale).astype(x.dtype)
+
+        return normalised(rows(x), self.scale[...]).reshape(x.shape)
 
 
 Norm = LayerNorm | RMSNorm
@@ -159,9 +202,9 @@ NORMS: dict[str, type[Norm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "silu": jax.nn.silu,
+    "gelu": recomputed(partial(jax.nn.gelu, approximate=False)),
+    "gelu_tanh": recomputed(partial(jax.nn.gelu, approximate=True)),
+    "silu": recomputed(jax.nn.silu),
 }
 """GELU exact (BERT) or by its tanh approximation (GPT): Hendrycks and Gimpel 2016. SiLU gates in SwiGLU."""
 

@@ -1,9 +1,9 @@
 """The one place where layers are repeated.
 
 Two ways to run the same layers. Scanned: one stacked tree of parameters [L, ...] and `jax.lax.scan`, so that compile
-time does not grow with depth. Unrolled: one tree per layer, which is faster on CPU and for shallow models on GPU, and
-which decoding needs (one cache per layer). Checkpoints always hold the stacked form; `stack_layers` and
-`unstack_layers` convert at that boundary.
+time does not grow with depth. Unrolled: one tree per layer, which is faster on CPU and GPU (what a loop keeps for the
+gradient is copied into stacks, written twice and read twice), and which decoding needs (one cache per layer).
+Checkpoints always hold the stacked form; `stack_layers` and `unstack_layers` convert at that boundary.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from transformer_jax.config import ComputeConfig
+from transformer_jax.nn.layers import looped
 
 MAX_UNROLLED = 24
-"""Depth up to which compute.layers=auto unrolls on CPU."""
+"""Depth up to which compute.layers=auto unrolls, but on TPU."""
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -48,7 +49,7 @@ class Stack(nnx.Module):
         )
         self.remat = compute.remat
         self.scanned = compute.layers == "scan" or (
-            compute.layers == "auto" and (jax.default_backend() != "cpu" or depth > MAX_UNROLLED)
+            compute.layers == "auto" and (jax.default_backend() == "tpu" or depth > MAX_UNROLLED)
         )
         self.layers: Any
         if self.scanned:
@@ -86,7 +87,8 @@ class Stack(nnx.Module):
             return x, _joined(told)
         layers = (self.layers, keys)
         if turn == 1:
-            return jax.lax.scan(lambda x, layer: kinds[0](layer[0], x, layer[1]), x, layers)
+            with looped():
+                return jax.lax.scan(lambda x, layer: kinds[0](layer[0], x, layer[1]), x, layers)
 
         def advance(x: jax.Array, group: Any) -> tuple[jax.Array, jax.Array | None]:
             told = []
@@ -97,7 +99,8 @@ class Stack(nnx.Module):
             return x, _joined(told)
 
         grouped = jax.tree.map(lambda leaf: leaf.reshape(self.depth // turn, turn, *leaf.shape[1:]), layers)
-        x, routing = jax.lax.scan(advance, x, grouped)
+        with looped():
+            x, routing = jax.lax.scan(advance, x, grouped)
         return x, None if routing is None else routing.reshape(self.depth, *routing.shape[2:])
 
 

@@ -38,7 +38,7 @@ def plan(experiment: Experiment, target: Target, *, compile: bool = True) -> Pla
     Raises:
         UserError: the experiment is wrong, or its mesh does not suit the devices.
     """
-    experiment = replace(experiment, compute=on_accelerator(experiment))
+    experiment = replace(experiment, compute=_as_there(experiment, target))
     devices = target.compile_devices() if compile else None
     trainer = Trainer.of(experiment, devices or target.stand_ins())
     shapes = experiment.data.batch_shapes()
@@ -52,10 +52,13 @@ def plan(experiment: Experiment, target: Target, *, compile: bool = True) -> Pla
     return _assemble(trainer, target, guess, state, "compiler", compiled)
 
 
-def on_accelerator(experiment: Experiment) -> ComputeConfig:
-    """Return the compute settings as an accelerator would decide them: layers are scanned unless told otherwise."""
+def _as_there(experiment: Experiment, target: Target) -> ComputeConfig:
+    """Return the compute settings as a TPU would decide them: layers are scanned unless told otherwise.
+
+    GPUs decide as CPUs do, which is what plans.
+    """
     compute = experiment.compute
-    return replace(compute, layers="scan") if compute.layers == "auto" else compute
+    return replace(compute, layers="scan") if compute.layers == "auto" and target.slice else compute
 
 
 def _state_bytes(trainer: Trainer) -> dict[str, int]:
