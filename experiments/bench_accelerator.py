@@ -109,7 +109,7 @@ def rows(small: bool = False, seconds: float = 15.0) -> list[Row]:
     depths = Request(what="compile", batch=(8,), length=(1024,), layers=(12, 96))
     contexts = Request(what="compile", batch=(1,), length=(16, 64) if small else (8192, 32_768, 131_072), layers=(6,))
     gpt, medium, large = (_padded(recipe()) for recipe in (gpt2_124m, gpt2_355m, gpt2_1558m))
-    unrolled = replace(gpt, compute=replace(gpt.compute, layers="unrolled"))
+    looped = replace(gpt, compute=replace(gpt.compute, layers="scan"))
     saved = replace(large, compute=replace(large.compute, remat="dots"))
 
     def peers(name: str, experiment: Experiment, batch: int, length: int, *variants: Variant) -> Row:
@@ -119,7 +119,7 @@ def rows(small: bool = False, seconds: float = 15.0) -> list[Row]:
     against = Peers(decoding[:2], ("dynamic", "static-compile"), prompted=Prompted(128, 384), budget=seconds)
     found = [
         train("gpt2_124m", gpt, 32, 1024, 430e3, 500e3),
-        train("gpt2_124m_unrolled", unrolled, 32, 1024, 430e3, 500e3),
+        train("gpt2_124m_scan", looped, 32, 1024, 430e3, 500e3),
         peers("gpt2_124m", gpt, 32, 1024, "compile", "compile-cudnn"),
         bert(128, 128, 1490, 1750),
         Row("transformer_big", big, translation, "of the product's rate", _of_product, (0.38,), (0.45,)),
