@@ -53,9 +53,9 @@ def plan(experiment: Experiment, target: Target, *, compile: bool = True) -> Pla
 
 
 def _as_there(experiment: Experiment, target: Target) -> ComputeConfig:
-    """Return the compute settings as a TPU would decide them: layers are scanned unless told otherwise.
+    """Return the compute settings as they come out on the target: a TPU scans layers unless told otherwise.
 
-    GPUs decide as CPUs do, which is what plans.
+    Of a GPU it is decided where layers are built, as on the CPU that plans.
     """
     compute = experiment.compute
     return replace(compute, layers="scan") if compute.layers == "auto" and target.slice else compute

@@ -179,7 +179,7 @@ class _Tracer:
             kept = uses.get(v, 0) > 1 and sizes > 2 * math.prod(value.shape) * value.itemsize > 0
             if backward and not self.loops:
                 value.layout |= self.known.get(value.shape, WHOLE)  # a gradient
-            if (equation.primitive.name in MATERIAL and not _one_hot(equation)) or (kept and len(roots) > 1):
+            if equation.primitive.name in MATERIAL or (kept and len(roots) > 1):
                 value.in_memory()
         return made
 
@@ -290,12 +290,6 @@ def _summed(taken: Sequence[Value]) -> list[Operation]:
 def _handed_out(aval: Any, value: Value) -> Value:
     """Return what a call hands out; one for each device (shard_map) hands out an array of another shape."""
     return value if value.shape == tuple(aval.shape) else _value(aval, value.layout).in_memory()
-
-
-def _one_hot(equation: Any) -> bool:
-    """Recognise a scatter of single elements, as the gradient of picking one of many: it becomes a comparison."""
-    numbers = equation.params.get("dimension_numbers")
-    return equation.primitive.name.startswith("scatter") and not numbers.update_window_dims
 
 
 def _inner(equation: Any) -> core.Jaxpr | None:
