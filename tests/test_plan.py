@@ -207,13 +207,13 @@ def test_collectives_follow_the_layout():
     assert ("all-reduce", "tensor") in kinds(data=4, tensor=2)
     assert not any("tensor" in axes for _, axes in kinds(data=1, fsdp=8))
     moved = {(m.kind, m.axes): m.bytes for m in plan(gpt(data=8), V5E8).moves}
-    assert moved["all-reduce", "data"] == 4 * (plan(gpt(data=8), V5E8).parameters + V * D), "a tied table has two sums"
+    assert moved["all-reduce", "data"] == 4 * plan(gpt(data=8), V5E8).parameters
 
 
 @pytest.mark.parametrize(("chunk", "accumulate"), [(0, 1), (8, 1), (8, 2)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_of_rows_that_were_looked_up_are_summed_in_float32(tied, chunk, accumulate):
-    """Those of products in their precision; a tied table has both, inside of loops as outside."""
+    """Those of products in their precision; a tied table has both, as one sum where no loop adds up one of them."""
     base = gpt(data=4)
     found = plan(
         replace(
@@ -227,7 +227,7 @@ def test_gradients_of_rows_that_were_looked_up_are_summed_in_float32(tied, chunk
     )
     (move,) = found.moves
     tables = V * D + T * D
-    products = found.parameters - T * D - (0 if tied else V * D)
+    products = found.parameters - T * D - (0 if tied and chunk else V * D)
     assert move.bytes == accumulate * (4 * tables + 2 * products)
 
 
@@ -485,8 +485,7 @@ def test_the_estimate_is_near_what_the_compiler_said(path):
     guessed, told = moved("all-to-all")
     assert guessed == pytest.approx(told, rel=0.01, abs=2**27)
     guessed, told = moved("all-reduce", "reduce-scatter")  # which of them is the compiler's choice
-    # The two gradients of a tied table are two sums in the estimate, one in the program: 24 % of GPT-2 124M.
-    assert guessed == pytest.approx(told, rel=0.25 if guess.mesh["expert"] == 1 else 0.35)
+    assert guessed == pytest.approx(told, rel=0.15 if guess.mesh["expert"] == 1 else 0.35)
 
 
 def test_the_published_vocabulary_cannot_be_divided():

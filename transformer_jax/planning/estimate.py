@@ -40,10 +40,12 @@ class Estimate:
     peak: list[tuple[Value, int]] = field(default_factory=list)
     """Arrays alive where most is taken, with their bytes; arguments are not among them."""
     exchanges: list[Exchange] = field(default_factory=list)
-    looked_up: set[int] = field(default_factory=set)
-    """Arguments of the step of which single rows are read."""
+    looked_up: Counter[int] = field(default_factory=Counter)
+    """Arguments of the step of which single rows are read, and how often."""
     multiplied: set[int] = field(default_factory=set)
     """Arguments of the step that are factors of products."""
+    chunked: set[int] = field(default_factory=set)
+    """Arguments of both kinds, multiplied in a loop within what looks their rows up."""
 
     @property
     def bytes(self) -> int:
@@ -88,7 +90,7 @@ class _Reader:
                 inside = self._loop(operation, result)
             else:
                 if operation.name == "gather":
-                    result.looked_up |= operation.inputs[0].made_of()
+                    result.looked_up.update(operation.inputs[0].made_of())
                 elif operation.name == "dot_general":
                     result.multiplied |= frozenset[int]().union(*(value.made_of() for value in operation.inputs))
                 result.flops += self._products(operation)
@@ -117,7 +119,8 @@ class _Reader:
         result.flops += operation.turns * one.flops
         result.traffic += operation.turns * one.traffic
         result.exchanges += [Exchange(e.kind, e.axis, e.bytes, e.times * operation.turns) for e in one.exchanges]
-        result.looked_up |= one.looked_up
+        result.chunked |= one.chunked | (one.multiplied & result.looked_up.keys())
+        result.looked_up += one.looked_up
         result.multiplied |= one.multiplied
         return one.peak
 

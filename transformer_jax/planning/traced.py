@@ -145,16 +145,19 @@ def expected(trainer: Trainer, guess: Estimate, slices: int = 1) -> list[Collect
 def _summands(trainer: Trainer, guess: Estimate, width: int) -> Iterator[tuple[Any, Any, int, bool]]:
     """Yield parameters, their layout, bytes of an element of the gradient that devices sum, and whether experts' own.
 
-    Those of products have the precision of the products, those of rows that were looked up are summed in float32; a
-    tied table has both.
+    Those of products have the precision of the products, those of rows that were looked up are summed in float32. A
+    tied table has both. TPU's compiler makes one sum of them if devices hold the whole table, look it up once and do
+    not multiply it chunk by chunk.
     """
     state = trainer.abstract_state()
     numbers = jax.tree.unflatten(jax.tree.structure(state), range(len(jax.tree.leaves(state)))).params
     trees = (trainer.skeleton.abstract, trainer.shardings().params, trainer.skeleton.letters, numbers)
     for leaf, sharding, letters, number in zip(*map(jax.tree.leaves, trees), strict=True):
-        if number in guess.looked_up:
+        lookups = guess.looked_up[number]
+        if lookups:
             yield leaf, sharding, FLOAT32, False
-        if number in guess.multiplied or number not in guess.looked_up:
+        apart = lookups > 1 or number in guess.chunked or _layout(sharding, leaf)
+        if not lookups or (number in guess.multiplied and apart):
             yield leaf, sharding, width, "E" in letters
 
 
