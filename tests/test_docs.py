@@ -132,6 +132,20 @@ def test_both_readmes_say_the_same():
         assert here == there, mark
 
 
+def test_the_plans_of_the_readme_are_those_of_the_guide():
+    """Its table holds figures of the outputs there, of the commands above it."""
+    guide = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    text = READMES[0].read_text(encoding="utf-8")
+    above, table = re.search(r"```sh\n((?:tjax plan .*\n)+)```\n\n\| recipe .*\n.*\n((?:\|.*\n)+)", text).groups()
+    for command, row in zip(above.splitlines(), table.splitlines(), strict=True):
+        output = re.search(rf"^\$ {re.escape(command)}( --price [\d.]+)?\n(.*?)^```", guide, re.M | re.S)[2]
+        recipe, on, *cells = (cell.strip(" `") for cell in row.strip("|").split("|"))
+        assert output.startswith(f"{recipe} on {on}:")
+        assert f"bound by {cells[2].split()[-1]} " in output
+        for figure in re.findall(r"[\d.,]*\d", " ".join(cells)):
+            assert re.search(rf"(?<![\d.,]){re.escape(figure)}(?![\d.,]*\d)", output), figure
+
+
 def test_the_file_tree_exists():
     tree = next(content for _, content in blocks(READMES[0]) if content.startswith("pyproject.toml"))
     folders: list[str] = []
