@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -63,6 +65,7 @@ class Pulse:
         self._heard = time.monotonic()
         self._missing: list[str] = []
         self._said = threading.Lock()
+        self._who = who()  # not to be asked for while JAX aborts this process
         self._places: dict[int, int] = {}
         self._moved, self._stood = self._heard, 0.0
 
@@ -70,6 +73,22 @@ class Pulse:
         """Begin, in two threads that end with the process."""
         for work in (self._meet, self._watch):
             threading.Thread(target=work, daemon=True).start()
+        # In C: Python would run a handler of its own when this thread comes to it, and the process is gone by then.
+        self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
+        ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
+
+    def _aborted(self, _: int) -> None:
+        """Say what it means that JAX aborts this process: process 0, where all meet, is gone.
+
+        It does so within milliseconds, in a thread of its own that may hold locks of JAX: nothing of JAX is called.
+        """
+        if (newest := self.newest) is None:
+            return
+        if self._said.acquire(blocking=False):
+            _say_lost(f"{self._who} was aborted by JAX, as the lines above say", newest)
+        else:
+            time.sleep(1)  # another thread says it, and ends the process
+        end(LOST)
 
     def _meet(self) -> None:
         meeting, store = multihost.get_barrier_sync_fn(), multihost.get_jax_distributed_client()
@@ -131,7 +150,7 @@ class Pulse:
         trace. It waits for as long as they may take to hear of it, between two meetings.
         """
         if self._said.acquire(blocking=False):
-            say(f"tjax: {trouble}; {newest()}. Start all again with the same command: they go on from what was saved.")
+            _say_lost(trouble, newest)
             # Where process 0 does not answer, neither does this.
             telling = threading.Thread(target=_tell, args=(trouble,), daemon=True)
             telling.start()
@@ -156,6 +175,10 @@ class Pulse:
         if str(jax.process_index()) in behind:
             return f"{who()} keeps the others waiting for {seconds:.0f} s, at {_line_of_main_thread()}"
         return f"{who()} has waited {seconds:.0f} s for {_named(behind)}"
+
+
+def _say_lost(trouble: str, newest: Callable[[], str]) -> None:
+    say(f"tjax: {trouble}; {newest()}. Start all again with the same command: they go on from what was saved.")
 
 
 def _tell(why: str) -> None:
