@@ -11,11 +11,13 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import warnings
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.test_plan_hlo import bert
 from transformer_jax.cli.planning import VERBS, PlanOptions
 from transformer_jax.cli.verb import parse
 from transformer_jax.planning.plan import Plan
@@ -71,3 +73,13 @@ def test_estimate_of_memory_is_within_15_percent(path):
     found = compiled(path)
     guess = plan(found.experiment, found.target, compile=False)
     assert guess.memory.total == pytest.approx(found.memory.total, rel=0.15)
+
+
+def test_what_was_compiled_before_is_no_trouble():
+    """The cache of compiled programs holds nothing that a machine without TPUs could load."""
+    target = find_target("v5e-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        first, second = (plan(bert(data=8), target) for _ in range(2))
+    assert isinstance(first, Plan)
+    assert first.to_json() == second.to_json()

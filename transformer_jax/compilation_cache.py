@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from transformer_jax.data.cache import cache_dir, fingerprint
 from transformer_jax.logs import say
@@ -42,6 +45,19 @@ def leave() -> None:
     """
     if where() == str(_own()):
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+@contextmanager
+def unused() -> Iterator[None]:
+    """Neither read nor write: what was compiled for devices that are not here cannot be loaded again."""
+    enabled = _CONFIG.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def where() -> str:

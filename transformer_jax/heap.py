@@ -13,6 +13,11 @@ ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 """Where NVIDIA's, AMD's and Google's drivers show what they have."""
 
 
+def on_cpu() -> bool:
+    """Tell whether this machine shows no accelerator."""
+    return not any(Path(device).exists() for device in ACCELERATORS)
+
+
 def keep() -> None:
     """Keep memory that was freed, where the C library is glibc and programs run on CPUs.
 
@@ -20,7 +25,7 @@ def keep() -> None:
     kernel fills each page with zeros: a fifth of a training step. To be called before JAX starts its threads, which
     would each have a heap of their own that holds nothing large.
     """
-    if sys.platform != "linux" or any(Path(device).exists() for device in ACCELERATORS):
+    if sys.platform != "linux" or not on_cpu():
         return
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         for option, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, KEPT)):

@@ -9,6 +9,10 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import jax
 
 from transformer_jax import compilation_cache, heap
 from transformer_jax.cli import (
@@ -38,6 +42,8 @@ VERBS: dict[str, Verb] = (
     | exchange.VERBS
     | scaling.VERBS
 )
+
+_CONFIG: Any = jax.config  # its settings are attributes that a type checker does not see
 
 EPILOGUE = """
 RECIPE and PLAN are names that `tjax list` shows, or FILE.py:function; RUN is the folder that `tjax train` printed.
@@ -80,4 +86,6 @@ def _run(argv: list[str]) -> int:
         raise UserError(f"there is no verb '{name}'.{closest(name, VERBS)} `tjax --help` lists them.")
     compilation_cache.keep()
     heap.keep()
+    if sys.platform == "linux" and heap.on_cpu() and find_spec("libtpu") and not _CONFIG.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")  # libtpu, here for its compiler, complains if it finds no TPU
     return VERBS[name].call(name, rest)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from transformer_jax import compilation_cache
 from transformer_jax.planning.collectives import Collective, collectives
 from transformer_jax.planning.hlo import parse
 from transformer_jax.planning.traffic import memory_traffic
@@ -46,7 +47,8 @@ def compile_step(trainer: Trainer, shapes: BatchShapes, slices: int = 1) -> Comp
     """
     lowered = trainer.lower_train_step(shapes)
     try:
-        compiled = lowered.compile()
+        with compilation_cache.unused():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if full := _out_of_memory(str(error)):
             return full
