@@ -21,6 +21,7 @@ from transformer_jax.config import ComputeConfig, MeshConfig, ScheduleConfig, Tr
 from transformer_jax.errors import UserError
 from transformer_jax.kernels.blockwise import BLOCK
 from transformer_jax.nn.moe import ExpertsConfig
+from transformer_jax.planning import remedies as remedies_of
 from transformer_jax.planning.collectives import Collective
 from transformer_jax.planning.compiler import OutOfMemory, _out_of_memory
 from transformer_jax.planning.estimate import estimate
@@ -29,7 +30,7 @@ from transformer_jax.planning.planner import plan as plan_any
 from transformer_jax.planning.remedies import ENOUGH, meshes, remedies, smaller
 from transformer_jax.planning.roofline import as_groups, link_of, roofline
 from transformer_jax.planning.rows import dividing, overrides_of
-from transformer_jax.planning.target import find_target
+from transformer_jax.planning.target import Target, find_target
 from transformer_jax.planning.trace import trace
 from transformer_jax.planning.traced import estimated, expected
 from transformer_jax.recipes import find_recipe
@@ -306,6 +307,20 @@ def test_what_waits_adds_up_and_what_runs_beside_does_not():
     assert step(overlapped=False) == pytest.approx(5.0)
 
 
+@pytest.mark.parametrize(("back", "seconds"), [(True, 3.0), (False, 6.0)])
+def test_links_carry_both_directions_at_once(back, seconds):
+    target = V5E8
+    mesh = Trainer.of(gpt(data=8), target.stand_ins()).mesh
+    there = np.asarray([[0, 1], [1, 2], [2, 3]])
+    moves = [
+        Collective("collective-permute", int(target.chip.link), 3, groups, overlapped=True, source="")
+        for groups in (there, there[:, ::-1] if back else there)
+    ]
+    found = roofline(target, mesh, flops=0, traffic=0, found=moves, dtype="bfloat16")
+    assert found.networks["ICI"] == pytest.approx(seconds)
+    assert found.exposed == 0
+
+
 def test_a_precision_without_a_published_peak_has_no_step_time():
     target = find_target("v4-8")
     nothing = roofline(target, None, flops=1e12, traffic=1, found=[], dtype="float8")
@@ -374,7 +389,7 @@ def test_remedies_of_what_is_too_large_fit():
     large = replace(gpt(data=8), data=replace(gpt().data, batch_rows=2**19, rows_multiple=2**10))
     before = plan(large, V5E8)
     assert not before.fits
-    trials = remedies(large, V5E8, compile=False, tries=1, say=silent)
+    trials = remedies(large, V5E8, compile=False, say=silent)
     fitting = [trial for trial in trials if trial.fits]
     assert len(fitting) == ENOUGH
     assert all(trial.plan.memory.total < before.memory.total for trial in fitting)
@@ -386,6 +401,21 @@ def test_meshes_are_ranked_and_all_divide():
     assert {trial.plan.mesh["tensor"] for trial in trials} == {1, 2, 4}, "8 does not divide 4 heads"
     steps = [trial.plan.roofline.step for trial in trials if trial.fits]
     assert steps == sorted(steps)
+
+
+def test_a_search_compiles_until_what_was_compiled_leads(monkeypatch):
+    """An estimate can be too low: then the next is compiled too."""
+    estimates = meshes(gpt(data=8), V5E8, compile=False, tries=0, say=silent)
+    first, second, third = (trial.estimate for trial in estimates[:3])
+    slow = replace(second.roofline, memory=1000.0)
+    outcomes = iter([replace(first, roofline=slow), second])
+    real = remedies_of.plan
+    monkeypatch.setattr(remedies_of, "plan", lambda e, t, **how: real(e, t, **how) if how else next(outcomes))
+    monkeypatch.setattr(Target, "compile_devices", lambda self: [])
+    trials = meshes(gpt(data=8), V5E8, compile=True, tries=3, say=silent)
+    assert trials[0].plan is second
+    assert trials[1].plan.mesh == third.mesh
+    assert trials[-1].compiled.mesh == first.mesh, "the slow one"
 
 
 def test_meshes_divide_positions_while_a_device_has_a_block_of_them():

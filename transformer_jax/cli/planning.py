@@ -43,9 +43,9 @@ class PlanOptions:
     price: float = 0.0
     """Of a chip and hour, for the cost."""
     search: bool = False
-    """Rank all meshes of the slice by estimate, and compile the best."""
-    tries: int = 1
-    """Plans to compile when several are looked at: of a search, or of what might make it fit."""
+    """Rank all meshes of the slice by estimate, and compile the best until one that was compiled stays the best."""
+    tries: int = 4
+    """Meshes that a search compiles at most, about a minute each."""
     estimate: bool = False
     """Do not compile."""
     json: bool = False
@@ -82,13 +82,14 @@ def _search(name: str, options: PlanOptions, target: Target) -> int:
         print_json({"meshes": [_trial(trial) for trial in trials]})
     else:
         show_ranking(trials[:SHOWN], out())
-    best = trials[0]
+    best = next((trial for trial in trials if trial.compiled and trial.fits), trials[0])
     command = _command(name, options, target, best.estimate.experiment)
     if not best.fits:
         least = f"at least {best.plan.memory.total / GIB:.1f} GiB a device of {best.plan.memory.available / GIB:.2f}"
         raise UserError(f"no mesh of {target.label} fits: {least}. What else would: {command}")
     if not options.json:
-        out().print(f"\nbest: {command}", markup=False)
+        leads = "best" if best is trials[0] else f"best of what was compiled (--tries {options.tries})"
+        out().print(f"\n{leads}: {command}", markup=False)
     return 0
 
 
@@ -106,7 +107,7 @@ def _undivided(name: str, options: PlanOptions, target: Target) -> UserError:
     found, how = plan(wanted, target, compile=False), "This does"  # if more is wrong, that comes first
     if isinstance(found, Plan) and not found.fits:
         say(f"{name}: batches that {parts} parts divide do not fit {target.label}. Trying what would")
-        trials = remedies(wanted, target, compile=False, tries=0, say=say)
+        trials = remedies(wanted, target, compile=False, say=say)
         fitting = [trial.estimate.experiment for trial in trials if trial.fits]
         how += ", and fits by estimate" if fitting else ", but does not fit"
         wanted = fitting[0] if fitting else wanted
@@ -128,8 +129,7 @@ def _refusal(options: PlanOptions, target: Target, found: Plan | OutOfMemory) ->
     if source == "estimate" and needed < CLOSE * available:
         name += " So close, an estimate may be wrong."
     say(f"{name} Trying what would fit")
-    compile = not options.estimate
-    trials = remedies(options.experiment, target, compile=compile, tries=options.tries, say=say)
+    trials = remedies(options.experiment, target, compile=not options.estimate, say=say)
     fitting = sorted((t for t in trials if t.fits), key=lambda t: t.compiled is None)
     if fitting:
         return UserError(f"{name} These do: {'; '.join(map(_outcome, fitting[:SHORT]))}.")

@@ -45,14 +45,13 @@ class Trial:
         return not isinstance(self.compiled, OutOfMemory) and self.plan.fits
 
 
-def remedies(experiment: Experiment, target: Target, *, compile: bool, tries: int, say: Say) -> list[Trial]:
-    """Try what would make an experiment fit, until enough is found: estimate changes, compile those that seem to fit.
+def remedies(experiment: Experiment, target: Target, *, compile: bool, say: Say) -> list[Trial]:
+    """Try what would make an experiment fit, until enough is found: estimate changes, compile until one does fit.
 
     Args:
         experiment: what does not fit.
         target: where.
         compile: whether to compile at all.
-        tries: how many successes of the compiler are enough.
         say: hears of the progress.
     """
     trials: list[Trial] = []
@@ -60,11 +59,18 @@ def remedies(experiment: Experiment, target: Target, *, compile: bool, tries: in
         trials.append(trial)
         if sum(t.fits for t in trials) == ENOUGH:
             break
-    return _confirmed(trials, target, compile, tries, say)
+    for i, trial in enumerate(trials):
+        if compile and trial.fits and target.compile_devices() is not None:
+            trials[i] = _compiled(trial, target, say)
+            if trials[i].fits:
+                break
+    return trials
 
 
 def meshes(experiment: Experiment, target: Target, *, compile: bool, tries: int, say: Say) -> list[Trial]:
     """Rank the meshes of a target: those that fit by the seconds of a step, the others by memory.
+
+    The first by estimate is compiled, and again, until it stays the first, or `tries` times.
 
     Raises:
         UserError: no mesh suits the experiment.
@@ -77,25 +83,21 @@ def meshes(experiment: Experiment, target: Target, *, compile: bool, tries: int,
             f"no mesh of {target.devices} devices suits {experiment.name}: its sizes and data.rows_multiple are not "
             "divisible by them."
         )
-    return sorted(_confirmed(trials, target, compile, tries, say), key=_rank)
+    for _ in range(tries if compile and target.compile_devices() is not None else 0):
+        if trials[0].compiled is not None or not trials[0].fits:
+            break
+        trials[0] = _compiled(trials[0], target, say)
+        trials.sort(key=_rank)
+    return trials
 
 
 def _rank(trial: Trial) -> tuple[bool, float, int]:
     return not trial.fits, trial.plan.roofline.step or math.inf if trial.fits else 0.0, trial.plan.memory.total
 
 
-def _confirmed(trials: list[Trial], target: Target, compile: bool, tries: int, say: Say) -> list[Trial]:
-    if not compile or target.compile_devices() is None:
-        return trials
-    left, confirmed = tries, []
-    for trial in trials:
-        if left and trial.fits:
-            say(f"compiling with {trial.overrides}")
-            outcome = plan(trial.estimate.experiment, target)
-            trial = replace(trial, compiled=outcome)  # noqa: PLW2901 - the same trial, with its outcome
-            left -= trial.fits
-        confirmed.append(trial)
-    return confirmed
+def _compiled(trial: Trial, target: Target, say: Say) -> Trial:
+    say(f"compiling with {trial.overrides or 'the mesh of the recipe'}")
+    return replace(trial, compiled=plan(trial.estimate.experiment, target))
 
 
 def _estimated(changed: Iterator[Experiment], before: Experiment, target: Target) -> Iterator[Trial]:

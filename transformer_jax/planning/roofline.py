@@ -17,6 +17,9 @@ from transformer_jax.hardware import Chip
 from transformer_jax.planning.collectives import Collective, Groups
 from transformer_jax.planning.target import Target
 
+Way = tuple[bool, frozenset[tuple[int, int]]]
+"""Whether something is sent beside the work, and from which device to which."""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -70,15 +73,31 @@ def roofline(
     peak = target.chip.peak.get(dtype)
     networks: dict[str, float | None] = {}
     exposed: float | None = 0.0
+    sent: dict[Way, float] = {}
     for collective in found:
         link = link_of(target, mesh, collective.groups)
         seconds = _seconds(collective, link)
+        if seconds and collective.kind == "collective-permute":
+            seconds = _beside(seconds, collective, sent)
         before = networks.get(link.network, 0.0)
         networks[link.network] = None if seconds is None or before is None else before + seconds
         if not collective.overlapped:
             exposed = None if seconds is None or exposed is None else exposed + seconds
     compute = None if peak is None else flops / peak
     return Roofline(compute, traffic / target.chip.memory_bandwidth, networks, exposed)
+
+
+def _beside(seconds: float, collective: Collective, sent: dict[Way, float]) -> float:
+    """Return by how much a permutation lengthens what was sent: links carry both directions at once.
+
+    A TPU multiplies with a divided matrix while its pieces go round a ring, half of them either way.
+    """
+    pairs = collective.groups.tolist()
+    there = collective.overlapped, frozenset((a, b) for a, b in pairs)
+    back = collective.overlapped, frozenset((b, a) for a, b in pairs)
+    before, opposite = sent.get(there, 0.0), sent.get(back, 0.0)
+    sent[there] = before + seconds
+    return max(sent[there], opposite) - max(before, opposite) if there != back else seconds
 
 
 def _seconds(collective: Collective, link: Link) -> float | None:
