@@ -133,6 +133,7 @@ def test_mistakes_on_the_command_line(tjax, recipe, run, tmp_path):
     assert_one_line(tjax("train"), "needs a RECIPE first")
     assert_one_line(tjax("train", "transformer_demo_en_kr"), "Did you mean 'transformer_demo_en_ko'?")
     assert_one_line(tjax("train", recipe, "--model.widht", "3"), "unknown option --model.widht", "'--model.width'")
+    assert_one_line(tjax("train", recipe, "--mesh=fsdp=2"), "It has parts: --mesh.data, --mesh.fsdp, --mesh.tensor")
     assert_one_line(tjax("train", recipe, "--model.width", "wide"), "--model.width", "'wide'")
     assert_one_line(tjax("train", recipe, "--optim.schedule.kind", "cosin"), "invalid choice 'cosin'", "'cosine'")
     assert_one_line(tjax("train", recipe, "--model.heads", "5"), "model.heads=5 does not divide model.width=24")

@@ -86,13 +86,16 @@ def parse(kind: type[T], default: T, argv: list[str], prog: str) -> T:
         raise UserError(f"unexpected argument '{unknown[0]}'. (`{prog} --help`)")
     if unknown:
         options_known = [f"--{name.replace('_', '-')}" for name in _option_names(default)]
-        raise UserError(f"unknown option {unknown[0]}.{closest(unknown[0], options_known)} (`{prog} --help`)")
+        parts = [option for option in options_known if option.startswith(f"{unknown[0].partition('=')[0]}.")]
+        meant = f" It has parts: {', '.join(parts)}." if parts else closest(unknown[0], options_known)
+        raise UserError(f"unknown option {unknown[0]}.{meant} (`{prog} --help`)")
     return options
 
 
 def _option_names(default: Any) -> Iterator[str]:
     for name, _ in flatten(default):
-        yield re.sub(r"^(experiment|decode)\.", "", name)  # these fields are named ""
+        if not name.endswith(".type"):  # which class a part has is no option
+            yield re.sub(r"^(experiment|decode)\.", "", name)  # these fields are named ""
 
 
 def experiment_of(target: str) -> Experiment:
