@@ -105,8 +105,11 @@ def _source(plan: Plan) -> str:
     if plan.source == "compiler":
         package = "libtpu" if plan.target.chip.platform == "tpu" else "jax-cuda13-plugin"
         return f"compiled ahead of time by {package} {importlib.metadata.version(package)}"
-    extra = "pip install transformer_jax[plan]" if plan.target.chip.platform == "tpu" else "no compiler for GPUs here"
-    return f"ESTIMATE, not compiled: memory within about 15 %, collectives as the layout asks for ({extra})"
+    tpu = plan.target.chip.platform == "tpu"
+    tpu = plan.target.chip.platform == "tpu"
+    extra = "pip install transformer_jax[plan]" if tpu else "no compiler for GPUs here"
+    error = "memory within about 15 %" if tpu else "memory within about 25 %"
+    return f"ESTIMATE, not compiled: {error}, collectives as the layout asks for ({extra})"
 
 
 def _milliseconds(seconds: float | None) -> str:
