@@ -20,6 +20,7 @@ from tests.tiny_gpt import BYTES, CHARACTERS, GPT2, MODERN, completer, random_pa
 from transformer_jax.completion import Completer
 from transformer_jax.config import MeshConfig
 from transformer_jax.data.tokenizer import Tokenizer
+from transformer_jax.decoding import Decoding
 from transformer_jax.errors import UserError
 from transformer_jax.generation import Completion, Generation
 from transformer_jax.models.gpt import SLACK
@@ -128,16 +129,26 @@ def begun(prompt: str) -> Writing:
 
 def test_the_cache_is_donated() -> None:
     one, writing = opened(), begun(LONG)
-    place = writing.state.past[0].seen.k_BSKH.unsafe_buffer_pointer()
+    place = writing.state.past[0].k_BKSH.unsafe_buffer_pointer()
     after, _ = one._decoding.advance(one._weights, writing, [False], GREEDY.filters(), 2, alternatives=0)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(writing.state))
-    assert after.state.past[0].seen.k_BSKH.unsafe_buffer_pointer() == place
+    assert after.state.past[0].k_BKSH.unsafe_buffer_pointer() == place
 
 
 @cache
 def cut_off() -> Completion:
     """A prompt that leaves room for a few tokens only."""
     return next(opened().complete_all([LONG], GREEDY))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_token_that_is_taken_back_at_once_changes_nothing(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As single rows are written on a GPU; up to the last position of the context, and with windows."""
+    monkeypatch.setattr(Decoding, "_reads_two", lambda self, rows: True)
+    for prompt in (PROMPTS[0], LONG):
+        limit = min(17, 48 + 1 - len(prompt))
+        (found,) = completer(MODELS[model]).complete_all([prompt], replace(GREEDY, max_tokens=limit))
+        assert found.tokens == anew(model, prompt, limit)
 
 
 def test_sliding_layers_keep_no_more_than_their_window_and_slack() -> None:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from transformer_jax.generate import beam_search
-from transformer_jax.models.gpt import DecoderState
+from transformer_jax.models.gpt import DecoderState, GPTConfig
 from transformer_jax.nn.module import Params, Skeleton
 from transformer_jax.sampling import Chunk, Filters, Writing, judged, one_token, write
 from transformer_jax.sharding import batch_sharding, batch_shards, constrain
@@ -160,8 +160,11 @@ class Decoding:
             read = [skeleton.bind(params).extend for skeleton, params in zip(self.skeletons, weights, strict=True)]
 
             def step(state: DecoderState, token_R: jax.Array) -> tuple[jax.Array, DecoderState]:
-                logits_R1V, state = read[0](state, token_R[:, None])
-                return logits_R1V[:, 0], state
+                if not self._reads_two(len(token_R)):
+                    logits_R1V, state = read[0](state, token_R[:, None])
+                    return logits_R1V[:, 0], state
+                logits_RTV, longer = read[0](state, jnp.stack([token_R, token_R], axis=1))
+                return logits_RTV[:, 0], longer._replace(length_B=state.length_B + 1)
 
             turn = (
                 speculative(read[0], read[1], self.drafted, filters, alternatives)
@@ -241,6 +244,16 @@ class Decoding:
         _, state = self.skeletons[i].bind(weights[i]).start(tokens_BT, length_B, places)
         return state._replace(length_B=length_B - 1)
 
+    def _reads_two(self, rows: int) -> bool:
+        """Tell whether a token is read with another behind it, which is taken back at once: a single row on a GPU.
+
+        XLA multiplies one alone with a matrix element by element, and writes what comes out, as large as the matrix, to
+        memory. The second would choose experts of its own.
+        """
+        config = self.skeletons[0].config
+        dense = isinstance(config, GPTConfig) and not config.experts.count
+        return dense and rows == 1 and jax.default_backend() == "gpu"
+
     def _padded(self, rows: Ids, longest: int | None = None) -> list[jax.Array]:
         """Return tokens [B, T] in a bucket, and lengths [B]; rows without tokens count one."""
         length = self._bucket(max(map(len, rows)), longest or self.context)
@@ -264,8 +277,8 @@ class Decoding:
 
 
 def _laid_out(writing: Writing) -> Writing:
-    """Lay every leaf out by its letters, the same in every call: a cache is BSKH, all others begin with rows."""
-    return jax.tree.map(lambda leaf: constrain(leaf, "BSKH"[: leaf.ndim]), writing)
+    """Lay every leaf out by its letters, the same in every call: a cache is BKSH, all others begin with rows."""
+    return jax.tree.map(lambda leaf: constrain(leaf, "BKSH" if leaf.ndim == 4 else "BSKH"[: leaf.ndim]), writing)
 
 
 def _power_of_two(n: int) -> int:

@@ -357,7 +357,7 @@ def _seen(prompted: Prompted, window: int) -> float:
 def _carried(tree: Any, places: int, filled: float) -> float:
     """Bytes of a tree, of what has `places` places the part that is filled on average."""
     return sum(
-        _bytes(leaf) * (filled if leaf.ndim > 2 and leaf.shape[1] == places else 1.0) for leaf in jax.tree.leaves(tree)
+        _bytes(leaf) * (filled if leaf.ndim == 4 and leaf.shape[2] == places else 1.0) for leaf in jax.tree.leaves(tree)
     )
 
 

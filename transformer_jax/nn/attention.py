@@ -32,29 +32,41 @@ class Cache(NamedTuple):
     """The past of one attention layer: places for keys and values, and which position each of them holds.
 
     Position p goes to place p mod S. So with as many places as positions nothing is lost, and with fewer the last S
-    are kept, which is all that a sliding window sees.
+    are kept, which is all that a sliding window sees. Heads come before places, as products of attention read them.
     """
 
-    seen: KeysValues
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
     positions_BS: jax.Array
     """-1: empty."""
 
     @staticmethod
     def empty(rows: int, places: int, heads: int, size: int, dtype: jnp.dtype) -> Cache:
         """Make room for `places` positions of `rows` rows."""
-        zeros = jnp.zeros((rows, places, heads, size), dtype)
-        return Cache(KeysValues(zeros, zeros), jnp.full((rows, places), -1, jnp.int32))
+        zeros = jnp.zeros((rows, heads, places, size), dtype)
+        return Cache(zeros, zeros, jnp.full((rows, places), -1, jnp.int32))
+
+    @property
+    def seen(self) -> KeysValues:
+        """What an attention layer looks at."""
+        return KeysValues(self.k_BKSH.swapaxes(1, 2), self.v_BKSH.swapaxes(1, 2))
 
     def write(self, new: KeysValues, positions_BT: jax.Array) -> Cache:
         """Put new positions [B, T, K, H] in their places; those at a negative position are left out."""
+        if positions_BT.size == 1:  # a scatter of one place XLA's CPU compiler does twice, each in a copy of the cache
+            positions_BT = jnp.pad(positions_BT, ((0, 0), (0, 1)), constant_values=-1)
+            new = KeysValues(*(jnp.pad(x_BTKH, ((0, 0), (0, 1), (0, 0), (0, 0))) for x_BTKH in new))
         places = self.positions_BS.shape[1]
         rows_B1 = jnp.arange(len(positions_BT))[:, None]
         # Of several positions that share a place, the last one stays; the others, and empty ones, go nowhere.
         last_B1 = positions_BT.max(axis=1, keepdims=True)
         kept_BT = (positions_BT >= 0) & (positions_BT > last_B1 - places)
         place_BT = jnp.where(kept_BT, positions_BT % places, places)
-        written = [old.at[rows_B1, place_BT].set(x, mode="drop") for old, x in zip(self.seen, new, strict=True)]
-        return Cache(KeysValues(*written), self.positions_BS.at[rows_B1, place_BT].set(positions_BT, mode="drop"))
+        return Cache(
+            self.k_BKSH.at[rows_B1, :, place_BT].set(new.k_BSKH, mode="drop"),
+            self.v_BKSH.at[rows_B1, :, place_BT].set(new.v_BSKH, mode="drop"),
+            self.positions_BS.at[rows_B1, place_BT].set(positions_BT, mode="drop"),
+        )
 
 
 class Attended(NamedTuple):
