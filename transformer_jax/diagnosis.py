@@ -84,8 +84,12 @@ def diagnose(trainer: Trainer, state: TrainState, batch: Batch) -> Diagnosis:
     return Diagnosis(float(found["loss"]), float(found["grad_norm"]), parameters)
 
 
+CALLERS = 3
+"""Callers of an operation that are named: many share a product."""
+
+
 def first_nan(trainer: Trainer, state: TrainState, batch: Batch) -> str:
-    """Say which operation makes the first NaN, forward or backward, and on which line; empty if none does."""
+    """Say which operation makes the first NaN, forward or backward, on which line and called from where; "" if none."""
 
     def loss_and_gradients(state: TrainState, batch: Batch) -> Any:
         grads, sums, weights = gradients(trainer, state, batch)
@@ -100,7 +104,8 @@ def first_nan(trainer: Trainer, state: TrainState, batch: Batch) -> str:
         cause = found.__cause__
         frames = traceback.extract_tb(cause.__traceback__) if cause else []
         where = [f"{_short(f.filename)}:{f.lineno}: {f.line}" for f in frames if "site-packages" not in f.filename]
-        return " at ".join([" ".join(str(found).split()).rstrip("."), *where[-1:]])
+        made, callers = " ".join(str(found).split()).rstrip("."), where[-CALLERS - 1 : -1]
+        return "\n  called at ".join([" at ".join([made, *where[-1:]]), *reversed(callers)])
     return ""
 
 

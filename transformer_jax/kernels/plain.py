@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def _attend(
     # Heads before positions, once: every product and its gradients then read rows as they lie.
     q_BKGTH = (q_BTNH * h**-0.5).reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
     k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    scores_BKGTS = widened(partial(jnp.einsum, "BKGTH,BKSH->BKGTS"), q_BKGTH, k_BKSH)
+    scores_BKGTS = widened(_scores, q_BKGTH, k_BKSH)
     scores_BNTS = scores_BKGTS.reshape(b, n, t, s)
     visible = mask.visible(t, s)
     if visible is not None:
@@ -59,6 +60,10 @@ def _attend(
         kept_BNTS = jnp.where(keep_BNTS, weights_BNTS / (1.0 - dropout), 0.0)
     out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", kept_BNTS.reshape(scores_BKGTS.shape), v_BKSH)
     return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h), weights_BNTS
+
+
+def _scores(q_BKGTH: jax.Array, k_BKSH: jax.Array, **options: Any) -> jax.Array:
+    return jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, **options)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
