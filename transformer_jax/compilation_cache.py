@@ -48,16 +48,20 @@ def leave() -> None:
 
 
 @contextmanager
-def unused() -> Iterator[None]:
-    """Neither read nor write: what was compiled for devices that are not here cannot be loaded again."""
-    enabled = _CONFIG.jax_enable_compilation_cache
+def configured(**settings: Any) -> Iterator[None]:
+    """Change settings of JAX's cache inside the block; JAX notices a change only when its cache is opened anew."""
+    before = {name: getattr(jax.config, name) for name in settings}
     try:
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()
+        _configure(settings)
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()
+        _configure(before)
+
+
+def _configure(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def where() -> str:

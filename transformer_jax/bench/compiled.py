@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
+from transformer_jax import compilation_cache
 from transformer_jax.planning.hlo import parse
 from transformer_jax.planning.traffic import memory_traffic
 from transformer_jax.train import BatchShapes, Trainer
 
 _CACHE = {
-    "jax_compilation_cache_dir": "",
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
@@ -92,17 +91,11 @@ def _from_cache(trainer: Trainer, shapes: BatchShapes) -> float | None:
 @contextmanager
 def empty_cache() -> Iterator[None]:
     """Use a persistent compilation cache that is empty, and afterwards the one before."""
-    before = {name: getattr(jax.config, name) for name in _CACHE}
-    with tempfile.TemporaryDirectory(prefix="tjax-bench-") as folder:
-        try:
-            for name, value in (_CACHE | {"jax_compilation_cache_dir": folder}).items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
-            yield
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
+    with (
+        tempfile.TemporaryDirectory(prefix="tjax-bench-") as folder,
+        compilation_cache.configured(**_CACHE, jax_compilation_cache_dir=folder),
+    ):
+        yield
 
 
 def fingerprint(text: str) -> str:

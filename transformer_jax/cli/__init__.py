@@ -86,6 +86,6 @@ def _run(argv: list[str]) -> int:
         raise UserError(f"there is no verb '{name}'.{closest(name, VERBS)} `tjax --help` lists them.")
     compilation_cache.keep()
     heap.keep()
-    if sys.platform == "linux" and heap.on_cpu() and find_spec("libtpu") and not _CONFIG.jax_platforms:
+    if heap.on_cpu() and find_spec("libtpu") and not _CONFIG.jax_platforms:
         jax.config.update("jax_platforms", "cpu")  # libtpu, here for its compiler, complains if it finds no TPU
     return VERBS[name].call(name, rest)

@@ -47,7 +47,8 @@ def compile_step(trainer: Trainer, shapes: BatchShapes, slices: int = 1) -> Comp
     """
     lowered = trainer.lower_train_step(shapes)
     try:
-        with compilation_cache.unused():
+        # What is compiled for devices that are not here, a cache could not load again.
+        with compilation_cache.configured(jax_enable_compilation_cache=False):
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if full := _out_of_memory(str(error)):

@@ -59,11 +59,12 @@ def remedies(experiment: Experiment, target: Target, *, compile: bool, say: Say)
         trials.append(trial)
         if sum(t.fits for t in trials) == ENOUGH:
             break
-    for i, trial in enumerate(trials):
-        if compile and trial.fits and target.compile_devices() is not None:
-            trials[i] = _compiled(trial, target, say)
-            if trials[i].fits:
-                break
+    if compile and target.compile_devices() is not None:
+        for i, trial in enumerate(trials):
+            if trial.fits:
+                trials[i] = _compiled(trial, target, say)
+                if trials[i].fits:
+                    break
     return trials
 
 

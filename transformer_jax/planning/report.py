@@ -102,14 +102,13 @@ def _mesh(plan: Plan) -> str:
 
 
 def _source(plan: Plan) -> str:
+    tpu = plan.target.chip.platform == "tpu"
     if plan.source == "compiler":
-        package = "libtpu" if plan.target.chip.platform == "tpu" else "jax-cuda13-plugin"
+        package = "libtpu" if tpu else "jax-cuda13-plugin"
         return f"compiled ahead of time by {package} {importlib.metadata.version(package)}"
-    tpu = plan.target.chip.platform == "tpu"
-    tpu = plan.target.chip.platform == "tpu"
     extra = "pip install transformer_jax[plan]" if tpu else "no compiler for GPUs here"
-    error = "memory within about 15 %" if tpu else "memory within about 25 %"
-    return f"ESTIMATE, not compiled: {error}, collectives as the layout asks for ({extra})"
+    error = 15 if tpu else 25
+    return f"ESTIMATE, not compiled: memory within about {error} %, collectives as the layout asks for ({extra})"
 
 
 def _milliseconds(seconds: float | None) -> str:
