@@ -151,6 +151,15 @@ def test_a_token_that_is_taken_back_at_once_changes_nothing(model: str, monkeypa
         assert found.tokens == anew(model, prompt, limit)
 
 
+@pytest.mark.parametrize(("backend", "rows", "two"), [("gpu", 1, True), ("gpu", 2, False), ("cpu", 1, False)])
+def test_only_single_rows_on_gpus_read_two_tokens(
+    backend: str, rows: int, two: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding = opened()._decoding
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert decoding._reads_two(rows) == two
+
+
 def test_sliding_layers_keep_no_more_than_their_window_and_slack() -> None:
     assert cut_off().tokens == anew("modern", LONG, 48 + 1 - len(LONG))
     assert [cache.positions_BS.shape[1] for cache in begun(LONG).state.past] == [49, 5 + SLACK]

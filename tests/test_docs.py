@@ -138,7 +138,9 @@ def test_the_plans_of_the_readme_are_those_of_the_guide():
     text = READMES[0].read_text(encoding="utf-8")
     above, table = re.search(r"```sh\n((?:tjax plan .*\n)+)```\n\n\| recipe .*\n.*\n((?:\|.*\n)+)", text).groups()
     for command, row in zip(above.splitlines(), table.splitlines(), strict=True):
-        output = re.search(rf"^\$ {re.escape(command)}( --price [\d.]+)?\n(.*?)^```", guide, re.M | re.S)[2]
+        shown = re.search(rf"^\$ {re.escape(command)}( --price [\d.]+)?\n(.*?)^```", guide, re.M | re.S)
+        output = shown[2]
+        assert shown[0] in text
         recipe, on, *cells = (cell.strip(" `") for cell in row.strip("|").split("|"))
         assert output.startswith(f"{recipe} on {on}:")
         assert f"bound by {cells[2].split()[-1]} " in output
