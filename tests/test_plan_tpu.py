@@ -11,6 +11,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -83,3 +85,12 @@ def test_what_was_compiled_before_is_no_trouble():
         first, second = (plan(bert(data=8), target) for _ in range(2))
     assert isinstance(first, Plan)
     assert first.to_json() == second.to_json()
+
+
+def test_libtpu_does_not_complain_of_a_missing_tpu():
+    """It is there for its compiler: verbs run on the CPU, and say nothing of it."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    program = "from transformer_jax.cli import main; main(['doctor'])"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert "(cpu)" in done.stdout
+    assert "TPU" not in done.stderr
