@@ -14,10 +14,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from experiments.chinchilla_at_home import BUNDLED
 from experiments.gpt import gpt2_demo
@@ -41,6 +40,9 @@ from transformer_jax.scaling.files import read_columns
 from transformer_jax.scaling.plots import COLORS, log_axis, panels
 from transformer_jax.sweep.counts import counts
 from transformer_jax.sweep.grid import lasting, rates, short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FAMILIES = {
     "transformer": "Transformer",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -70,6 +72,18 @@ def test_help_needs_nothing(tjax):
     assert code == 0
     assert "--optim.schedule.peak" in out
     assert "Learning rate at the end of the warm-up" in out
+
+
+def test_a_verb_that_draws_nothing_loads_no_drawing():
+    """What takes long to import is imported by who needs it: a command line that starts slowly is used less."""
+    slow = ("matplotlib", "scipy", "sklearn", "tensorflow_datasets", "pyarrow", "huggingface_hub", "torch")
+    program = (
+        "import sys; from transformer_jax.cli import main\ntry: main(['list'])\n"
+        f"finally: sys.stderr.write(' '.join(name for name in {slow} if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "gpt2_demo" in done.stdout
+    assert done.stderr == ""
 
 
 def test_list_and_show_as_json(tjax):

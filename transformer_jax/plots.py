@@ -13,19 +13,17 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from matplotlib import font_manager
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.ft2font import FT2Font
-from matplotlib.ticker import ScalarFormatter
 
 from transformer_jax.errors import UserError
 from transformer_jax.storage import written_here
+
+if TYPE_CHECKING:  # at run time each function imports what it draws with: matplotlib takes two thirds of a second
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
 
 DPI = 150
 LARGEST_SIDE = 20_000
@@ -57,7 +55,7 @@ def loss_curve(
     if not any(len(steps) for steps, _ in curves.values()):
         raise UserError(f"Nothing to draw: no record holds a finite '{train}' or '{validation}'.")
 
-    figure = _figure(7.0, 4.0)
+    figure = new_figure(7.0, 4.0)
     axes = figure.add_subplot()
     steps, losses = curves[train]
     axes.plot(steps, losses, color=_TRAIN, linewidth=0.9, label="training")
@@ -97,7 +95,9 @@ def curves(lines: Sequence[Curve], path: Path, x_label: str, y_label: str, *, lo
         y_label: meaning and unit of y.
         log: both axes by powers (of two for x).
     """
-    figure = _figure(7.0, 4.0)
+    from matplotlib.ticker import ScalarFormatter  # noqa: PLC0415
+
+    figure = new_figure(7.0, 4.0)
     axes = figure.add_subplot()
     _draw_lines(axes, lines)
     if log:
@@ -131,7 +131,7 @@ def panels(
     """
     across = min(across, len(lines))
     down = math.ceil(len(lines) / across)
-    figure = _figure(size[0] * across, size[1] * down + 0.4)
+    figure = new_figure(size[0] * across, size[1] * down + 0.4)
     grid = list(figure.subplots(down, across, squeeze=False).flat)
     for axes, (name, drawn) in zip(grid, lines.items(), strict=False):
         _draw_lines(axes, drawn)
@@ -201,7 +201,7 @@ def attention_grid(
     labels = 0.075 * max(map(len, rows)), 0.075 * max(map(len, columns))
     width, height = (max(tokens * cell, 1.2) for tokens in (S, T))
     # Compressed: panels of a fixed aspect stand together instead of filling equal cells.
-    figure = _figure(across * width + labels[0] + 1.0, down * (height + 0.3) + labels[1] + 0.5, layout="compressed")
+    figure = new_figure(across * width + labels[0] + 1.0, down * (height + 0.3) + labels[1] + 0.5, layout="compressed")
     grid = figure.subplots(down, across, squeeze=False)
     highest = max(float(np.max(weights_TS)) for weights_TS in panels.values())
     for axes, name in zip(grid.flat, panels, strict=False):
@@ -230,7 +230,11 @@ def attention_grid(
     _save(figure, path, dpi=dpi, bbox_inches="tight", pad_inches=0.12)
 
 
-def _figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: Literal["constrained", "compressed"] = "constrained") -> Figure:
+    """Return an empty figure of this size in inches, which no session knows of."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     return figure
@@ -254,6 +258,8 @@ def visible(label: str) -> str:
 
 def _font(text: str) -> FontProperties:
     """Return matplotlib's default font, followed by as few others as it takes to have a glyph for all of `text`."""
+    from matplotlib.font_manager import FontProperties  # noqa: PLC0415
+
     families = list(FontProperties().get_family())
     missing = set(text) - _glyphs(families[0])
     if missing:
@@ -274,6 +280,8 @@ def _font(text: str) -> FontProperties:
 
 def _other_families() -> list[str]:
     """Names of the system's upright fonts, sans first, and last the NanumGothic of koreanize-matplotlib."""
+    from matplotlib import font_manager  # noqa: PLC0415
+
     # Last Resort has a box for every character, and emoji fonts are bitmaps that Agg cannot scale.
     plain = ("normal", 400, "normal")
     fonts = font_manager.fontManager.ttflist
@@ -293,5 +301,8 @@ def _other_families() -> list[str]:
 
 def _glyphs(family: str) -> set[str]:
     """Return the characters that a font family can draw."""
-    path = font_manager.findfont(FontProperties(family=[family]))
+    from matplotlib.font_manager import FontProperties, findfont  # noqa: PLC0415
+    from matplotlib.ft2font import FT2Font  # noqa: PLC0415
+
+    path = findfont(FontProperties(family=[family]))
     return {chr(code) for code in FT2Font(path).get_charmap()}

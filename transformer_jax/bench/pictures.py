@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from transformer_jax.plots import DPI, Curve, curves
+from transformer_jax.plots import Curve, curves, new_figure
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
@@ -56,8 +54,7 @@ def _roofline(points: list[dict[str, Any]], path: Path) -> None:
     y = [x[i] * p["roofline"]["bytes"] / p["step_seconds"]["median"] for i, p in enumerate(points)]
     ridge = limits["matmul"] / limits["copy"]
     span = np.geomspace(min(*x, ridge) / 4, max(*x, ridge) * 4, 200)
-    figure = Figure(figsize=(9.0, 4.0), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.0, 4.0)
     axes = figure.add_subplot()
     axes.plot(span, np.minimum(span * limits["copy"], limits["matmul"]), color="#333333", label="roof, as measured")
     for i, point in enumerate(points):

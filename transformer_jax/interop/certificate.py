@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
 from transformer_jax.data.tokenizer import Tokenizer
 
@@ -92,6 +91,8 @@ def compare(ours: Outputs, theirs: Outputs, batch: Batch) -> dict[str, dict[str,
 
 def _kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
     """KL(p || q) of the worst row of logits."""
+    from scipy.special import log_softmax  # noqa: PLC0415 - takes a quarter of a second
+
     log_p, log_q = log_softmax(p, axis=-1), log_softmax(q, axis=-1)
     return float((np.exp(log_p) * (log_p - log_q)).sum(-1).max())
 

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from transformer_jax.plots import DPI
+from transformer_jax.plots import new_figure
 from transformer_jax.scaling.approaches import Estimate
 from transformer_jax.scaling.bootstrap import interval
 from transformer_jax.scaling.decide import decision
@@ -23,6 +16,11 @@ from transformer_jax.scaling.envelope import Envelope
 from transformer_jax.scaling.isoflop import IsoFlops
 from transformer_jax.scaling.laws import predict, wasted
 from transformer_jax.scaling.runs import Points
+
+if TYPE_CHECKING:  # imported where it is drawn with, as in `transformer_jax.plots`
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
 
 INK, GREY, LIGHT = "#333333", "#9a9a9a", "#e4e4e4"
 COLORS = {"A1": "#4f9b58", "A2": "#b8860b", "A3": "#3b6ea8", "kaplan": "#c8452f", "over-training": "#8a5fa8"}
@@ -33,13 +31,11 @@ SYMBOLS = {
     "alpha_D": r"$\alpha_D$",
     "eta": r"$\eta$",
 }
-_MAP = colormaps["viridis"]
 
 
 def panels(columns: int, width: float = 5.2, height: float = 4.0, rows: int = 1) -> tuple[Figure, np.ndarray]:
     """Return a figure with a grid of axes in the house's style."""
-    figure = Figure(figsize=(width * columns, height * rows), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width * columns, height * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
@@ -51,6 +47,8 @@ def panels(columns: int, width: float = 5.2, height: float = 4.0, rows: int = 1)
 
 def log_axis(axes: Axes, which: str) -> None:
     """Make an axis logarithmic; one that spans less than two decades is labelled between its powers of ten too."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator  # noqa: PLC0415
+
     getattr(axes, f"set_{which}scale")("log")
     low, high = getattr(axes, f"get_{which}lim")()
     axis = getattr(axes, f"{which}axis")
@@ -61,12 +59,20 @@ def log_axis(axes: Axes, which: str) -> None:
         axis.set_minor_locator(NullLocator())
 
 
-def _color_bar(figure: Figure, axes: Axes, values: np.ndarray, label: str) -> LogNorm:
-    norm = LogNorm(values.min(), values.max() * 1.0001)
-    bar = figure.colorbar(ScalarMappable(norm, _MAP), ax=axes, pad=0.02, aspect=30)
+def _shades(values: np.ndarray) -> ScalarMappable:
+    """Return the colours of these values, by their logarithms."""
+    from matplotlib.cm import ScalarMappable  # noqa: PLC0415
+    from matplotlib.colors import LogNorm  # noqa: PLC0415
+
+    return ScalarMappable(LogNorm(values.min(), values.max() * 1.0001), "viridis")
+
+
+def _color_bar(figure: Figure, axes: Axes, values: np.ndarray, label: str) -> ScalarMappable:
+    shades = _shades(values)
+    bar = figure.colorbar(shades, ax=axes, pad=0.02, aspect=30)
     bar.outline.set_visible(False)
     bar.set_label(label)
-    return norm
+    return shades
 
 
 def surface(estimate: Estimate, runs: Points, budgets: Sequence[float], path: Path) -> None:
@@ -76,7 +82,7 @@ def surface(estimate: Estimate, runs: Points, budgets: Sequence[float], path: Pa
     theta = fitted.theta[None]
     figure, grid = panels(2, 6.2, 4.6)
     left, right = grid[0]
-    norm = _color_bar(figure, left, runs.N, "parameters N")
+    shades = _color_bar(figure, left, runs.N, "parameters N")
     sizes = np.unique(runs.size)
     for size in sizes[np.linspace(0, len(sizes) - 1, min(len(sizes), 9)).astype(int)]:
         N = float(np.exp(np.log(runs.N[runs.size == size]).mean()))
@@ -84,8 +90,9 @@ def surface(estimate: Estimate, runs: Points, budgets: Sequence[float], path: Pa
         flops = 6 * N * D
         near = (flops > 0.8 * runs.C.min()) & (flops < 1.25 * runs.C.max())
         fit = np.exp(predict(fitted.law, theta, N + 0 * D, D))[0]
-        left.plot(flops[near], fit[near], color=_MAP(norm(N)), lw=0.9)
-    left.scatter(runs.C, runs.loss, c=runs.N, norm=norm, cmap=_MAP, s=14, linewidths=0.3, edgecolors="white", zorder=3)
+        left.plot(flops[near], fit[near], color=shades.to_rgba(np.asarray(N)), lw=0.9)
+    dots: dict[str, Any] = {"c": shades.to_rgba(runs.N), "s": 14, "linewidths": 0.3, "edgecolors": "white", "zorder": 3}
+    left.scatter(runs.C, runs.loss, **dots)
     C = np.geomspace(runs.C.min(), max([runs.C.max() * 10, *budgets]), 60)
     points = [decision(estimate, float(value)) for value in C]
     best = np.array([point["loss"]["value"] for point in points])
@@ -95,9 +102,7 @@ def surface(estimate: Estimate, runs: Points, budgets: Sequence[float], path: Pa
     left.set(xlabel="training FLOPs C", ylabel="loss", ylim=(0.97 * np.nanmin(band), 1.02 * runs.loss.max()))
     left.legend(loc="upper right", frameon=False)
     predicted = np.exp(predict(fitted.law, theta, runs.N, runs.D))[0]
-    right.scatter(
-        predicted, runs.loss, c=runs.N, norm=norm, cmap=_MAP, s=14, linewidths=0.3, edgecolors="white", zorder=3
-    )
+    right.scatter(predicted, runs.loss, **dots)
     ends = np.array([min(predicted.min(), runs.loss.min()), max(predicted.max(), runs.loss.max())])
     right.plot(ends, ends, color=INK, lw=0.9, label="measured = fitted")
     right.set(xlabel=f"loss by {estimate.name}", ylabel="loss measured")
@@ -113,9 +118,9 @@ def isoflop(found: IsoFlops, path: Path) -> None:
     budgets = [budget for budget in found.budgets if np.isfinite(budget.coefficients).all()]
     figure, grid = panels(1, 7.4, 5.0)
     axes = grid[0, 0]
-    norm = _color_bar(figure, axes, np.array([budget.C for budget in budgets]), "budget C (FLOPs)")
+    shades = _color_bar(figure, axes, np.array([budget.C for budget in budgets]), "budget C (FLOPs)")
     for budget in budgets:
-        color, points = _MAP(norm(budget.C)), budget.runs
+        color, points = shades.to_rgba(np.asarray(budget.C)), budget.runs
         # A run's loss brought to the budget's C, as the fit does.
         correction = budget.coefficients[3] * np.log(points.C / budget.C) if len(budget.coefficients) > 3 else 0.0
         axes.scatter(points.N, points.loss - correction, color=color, s=13, linewidths=0)
@@ -138,10 +143,10 @@ def envelope(found: Envelope, path: Path) -> None:
     """Draw the training curves and the interior of their envelope."""
     figure, grid = panels(1, 7.4, 5.0)
     axes = grid[0, 0]
-    norm = _color_bar(figure, axes, np.exp(found.log_N), "parameters N")
+    shades = _color_bar(figure, axes, np.exp(found.log_N), "parameters N")
     C = np.exp(found.log_C)
     for log_N, curve in zip(found.log_N, found.log_loss, strict=True):
-        axes.plot(C, np.exp(curve), color=_MAP(norm(np.exp(log_N))), lw=0.9)
+        axes.plot(C, np.exp(curve), color=shades.to_rgba(np.exp(log_N)), lw=0.9)
     counted = found.best >= 0
     least = np.exp(np.where(counted, found.log_loss[found.best, np.arange(len(C))], np.nan))
     axes.plot(C, least, color=COLORS["kaplan"], lw=2.4, label="envelope, where sizes on both sides are alive")
@@ -185,10 +190,10 @@ def residuals(estimate: Estimate, runs: Points, path: Path) -> None:
     r = 100 * estimate.fit.residuals
     figure, grid = panels(3, 4.2, 3.6)
     labels = {"N": "parameters N", "D": "tokens D", "C": "training FLOPs C"}
-    norm = LogNorm(runs.N.min(), runs.N.max() * 1.0001)
+    colors = _shades(runs.N).to_rgba(runs.N)
     for axes, (name, label) in zip(grid[0], labels.items(), strict=True):
         values = getattr(runs, name)
-        axes.scatter(values, r, c=runs.N, norm=norm, cmap=_MAP, s=11, linewidths=0)
+        axes.scatter(values, r, color=colors, s=11, linewidths=0)
         parts = [part for part in np.array_split(np.argsort(values), min(10, len(r) // 3 or 1)) if len(part)]
         middles = [np.exp(np.log(values[part]).mean()) for part in parts]
         axes.plot(
