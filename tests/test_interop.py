@@ -437,6 +437,10 @@ def test_pickled_weights_are_never_read(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(UserError, match=r"only pickled weights \(pytorch_model\.bin\).*safe_serialization=True"):
         read(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "settings.json")
+    with pytest.raises(UserError, match=r"has no config\.json \(it holds: pytorch_model\.bin, settings\.json\)"):
+        read(tmp_path)
+    (tmp_path / "settings.json").rename(tmp_path / "config.json")
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors in it, and no model\.safetensors\.index\.json"):
         read(tmp_path)

@@ -269,6 +269,7 @@ def test_plain_environment_passes():
         (TPU, {"name": "Gpt_2"}, "lower-case"),
         (replace(TPU, zone="us-west4"), {}, "--zone us-west4"),
         (replace(TPU, bucket="my-bucket"), {}, "gs://"),
+        (replace(TPU, bucket="gs://b"), {}, "three characters or more"),
         (replace(TPU, project=""), {}, "--project is needed"),
         (replace(TPU, valid_until="6 hours"), {}, "--valid-until 6 hours"),
         (replace(TPU, slices=0), {}, "--slices"),

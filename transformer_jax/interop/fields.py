@@ -47,6 +47,12 @@ class Fields:
     @staticmethod
     def load(path: Path) -> Fields:
         """Read a file. Raises `UserError` if there is none, or it is not the JSON of a model."""
+        if not path.is_file():
+            held = ", ".join(sorted(entry.name for entry in path.parent.iterdir())[:4]) or "nothing"
+            raise UserError(
+                f"{path.parent} has no config.json (it holds: {held}); a folder of Hugging Face has that and "
+                "model.safetensors, a run folder of ours has experiment.json."
+            )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -253,5 +253,7 @@ def check_cloud(project: str, zone: str, bucket: str) -> None:
         raise UserError(f"--project {project}: the ID of a project looks like my-project-123; its name will not do.")
     if not re.fullmatch(r"[a-z]+-[a-z]+\d+-[a-z]", zone):
         raise UserError(f"--zone {zone}: a zone looks like us-central2-b.")
-    if not re.fullmatch(r"gs://[a-z0-9][\w.-]+(/[^\s/]+)*", bucket):
-        raise UserError(f"--bucket {bucket}: a bucket is given as gs://NAME or gs://NAME/FOLDER.")
+    if not re.fullmatch(r"gs://[a-z0-9][\w.-]{2,}(/[^\s/]+)*", bucket):
+        raise UserError(
+            f"--bucket {bucket}: a bucket is given as gs://NAME or gs://NAME/FOLDER; NAME has three characters or more."
+        )
