@@ -24,6 +24,7 @@ from transformer_jax.decoding import Decoding
 from transformer_jax.errors import UserError
 from transformer_jax.generation import Completion, Generation
 from transformer_jax.models.gpt import SLACK
+from transformer_jax.nn import attention
 from transformer_jax.nn.module import Params
 from transformer_jax.prompts import PromptEncoder
 from transformer_jax.sampling import Writing
@@ -104,6 +105,20 @@ def test_eight_devices_write_and_score_as_one_does() -> None:
     pairs = [("Give me", " my horse"), ("Was ever", " dream")]
     for a, b in zip(many.score(pairs), opened().score(pairs), strict=True):
         np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=1e-4)
+
+
+def test_devices_that_share_heads_join_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on TPUs: a cache has one wide head for each device."""
+    joined = attention._joined
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert joined(6) == 6
+    many = completer(devices=4, mesh=MeshConfig(data=2, tensor=2))
+    with jax.set_mesh(many.mesh):
+        assert joined(6) == 3
+        assert joined(3) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(attention, "_joined", lambda heads: heads // 2)
+    assert [row.tokens for row in many.complete_all(PROMPTS, SAMPLED)] == [row.tokens for row in sampled()]
 
 
 def test_each_bucket_compiles_once_whatever_the_values(caplog: pytest.LogCaptureFixture) -> None:

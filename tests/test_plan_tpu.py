@@ -14,17 +14,26 @@ import os
 import subprocess
 import sys
 import warnings
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.test_plan_hlo import bert
 from transformer_jax.cli.planning import VERBS, PlanOptions
 from transformer_jax.cli.verb import parse
+from transformer_jax.config import ComputeConfig, MeshConfig
+from transformer_jax.decoding import Decoding
+from transformer_jax.nn.module import Skeleton
 from transformer_jax.planning.plan import Plan
 from transformer_jax.planning.planner import plan
 from transformer_jax.planning.target import find_target
+from transformer_jax.recipes import find_recipe
+from transformer_jax.sampling import Filters
+from transformer_jax.sharding import make_mesh, replicated
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / "plan").glob("*.json"))
 
@@ -94,3 +103,26 @@ def test_libtpu_does_not_complain_of_a_missing_tpu():
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert "(cpu)" in done.stdout
     assert "TPU" not in done.stderr
+
+
+@pytest.mark.parametrize("width", [768, 1600], ids=["124m", "1558m"])
+def test_writing_copies_no_cache(width, monkeypatch):
+    """Keys and values lie in a program of 16 tokens as they lie between two: it needs hardly any memory of its own."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    target, recipe = find_target("v5e-1"), find_recipe("gpt2_124m")
+    mesh = make_mesh(MeshConfig(), target.compile_devices())
+    model = replace(recipe.model, layers=3, width=width, heads=width // 64, feedforward=0, vocab_size=1024)
+    decoding = Decoding((Skeleton.of(model, ComputeConfig("bfloat16", layers="unrolled")),), mesh, model.context, -1, 0)
+    weights = (jax.tree.map(partial(_laid_out, mesh, jnp.bfloat16), decoding.skeletons[0].abstract),)
+    numbers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8, 512), *[(8,)] * 4, ())]
+    with jax.set_mesh(mesh):
+        begun = jax.eval_shape(partial(decoding._start, places=1025), weights, *numbers, Filters())
+        writing = jax.tree.map(partial(_laid_out, mesh, None), begun)
+        closed, turns = jax.ShapeDtypeStruct((8,), bool), jax.ShapeDtypeStruct((), jnp.int32)
+        program = decoding._write.lower(weights, writing, closed, Filters(), turns, alternatives=0).compile()
+    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(writing.state))
+    assert program.memory_analysis().temp_size_in_bytes < cache / 5
+
+
+def _laid_out(mesh, dtype, leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=replicated(mesh))

@@ -16,6 +16,7 @@ from transformer_jax.config import ComputeConfig, Experiment, OptimConfig, Sched
 from transformer_jax.data.packed import PackedText
 from transformer_jax.errors import UserError
 from transformer_jax.models.gpt import GPTConfig
+from transformer_jax.nn import attention
 from transformer_jax.nn.module import Skeleton, parameter_count
 from transformer_jax.nn.stack import stack_layers, unstack_layers
 from transformer_jax.objectives import CausalLM, label_scores, means
@@ -151,6 +152,15 @@ def test_cached_decoding_equals_the_full_forward(config):
         if count == 6:  # say something else, take it back, and go on
             _, astray = extend(state, rng.integers(0, V, (B, 6)).astype(np.int32))
             state = astray._replace(length_B=astray.length_B - 6)
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_heads_joined_in_a_cache_decode_as_apart(config, monkeypatch):
+    """As on TPUs, where 64 numbers would fill 128 places."""
+    monkeypatch.setattr(attention, "_joined", lambda heads: heads)
+    test_cached_decoding_equals_the_full_forward(config)
+    _, state = model_of(config).start(np.zeros((B, 3), np.int32), np.full(B, 3), 8)
+    assert {past.k_BKSH.shape[1::2] for past in state.past} == {(1, 128)}
 
 
 @dialect

@@ -34,11 +34,13 @@ def attention(
     dropout: float = 0.0,
     key: jax.Array | None = None,
     backend: str = "auto",
+    joined: int = 1,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attend: softmax(q k / sqrt(H)) v, softmax in float32 (Vaswani 2017, section 3.2.1).
 
     With a key, a share `dropout` of the weights is zeroed and the rest scaled up (as in BERT and GPT). A mask with
-    positions of each row (decoding: few queries look at a cache) is always served by "xla".
+    positions of each row (decoding: few queries look at a cache) is always served by "xla", and so are keys and values
+    of which each holds several heads side by side (`joined`: how many).
 
     Returns:
         The output [B, T, N, H], and the weights [B, N, T, S] where the backend forms them (XLA drops them if unused).
@@ -55,8 +57,8 @@ def attention(
         demand = Demand(jax.default_backend(), q_BTNH.dtype.name, q_BTNH.shape[-1], dropped, max(t, s), context)
         backend = chosen(backend, demand)
     placed = mask.q_positions_BT is not None or mask.kv_positions_BS is not None
-    if backend == "xla" or (placed and backend != "blockwise"):
-        return plain.attend(q_BTNH, k_BSKH, v_BSKH, mask, dropout, key)
+    if backend == "xla" or joined > 1 or (placed and backend != "blockwise"):
+        return plain.attend(q_BTNH, k_BSKH, v_BSKH, mask, dropout, key, joined)
     match backend:
         case "splash":
             attend = partial(_without_dropout, splash.attend)

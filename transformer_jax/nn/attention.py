@@ -18,7 +18,10 @@ from flax import nnx
 from transformer_jax.kernels.attention import Mask, attention
 from transformer_jax.nn.layers import Init, Linear, RMSNorm, xavier_uniform
 from transformer_jax.nn.positions import rotary
-from transformer_jax.sharding import constrain
+from transformer_jax.sharding import constrain, mesh_at_hand
+
+LANES = 128
+"""Numbers that a TPU's memory has side by side; shorter rows are padded."""
 
 
 class KeysValues(NamedTuple):
@@ -32,7 +35,9 @@ class Cache(NamedTuple):
     """The past of one attention layer: places for keys and values, and which position each of them holds.
 
     Position p goes to place p mod S. So with as many places as positions nothing is lost, and with fewer the last S
-    are kept, which is all that a sliding window sees. Heads come before places, as products of attention read them.
+    are kept, which is all that a sliding window sees. Heads come before places, as products of attention read them. On
+    TPUs those that a device holds are joined, side by side (`plain.attend` tells them apart): each alone, a place of 64
+    numbers would be padded to 128, and the whole cache copied into the order of the loop that writes, and back.
     """
 
     k_BKSH: jax.Array
@@ -43,7 +48,9 @@ class Cache(NamedTuple):
     @staticmethod
     def empty(rows: int, places: int, heads: int, size: int, dtype: jnp.dtype) -> Cache:
         """Make room for `places` positions of `rows` rows."""
-        zeros = jnp.zeros((rows, heads, places, size), dtype)
+        joined = _joined(heads)
+        width = size if joined == 1 else -(-joined * size // LANES) * LANES
+        zeros = jnp.zeros((rows, heads // joined, places, width), dtype)
         return Cache(zeros, zeros, jnp.full((rows, places), -1, jnp.int32))
 
     @property
@@ -56,7 +63,11 @@ class Cache(NamedTuple):
         if positions_BT.size == 1:  # a scatter of one place XLA's CPU compiler does twice, each in a copy of the cache
             positions_BT = jnp.pad(positions_BT, ((0, 0), (0, 1)), constant_values=-1)
             new = KeysValues(*(jnp.pad(x_BTKH, ((0, 0), (0, 1), (0, 0), (0, 0))) for x_BTKH in new))
-        places = self.positions_BS.shape[1]
+        (rows, heads, places, width), length = self.k_BKSH.shape, positions_BT.shape[1]
+        if new.k_BSKH.shape[2] > heads:
+            new = KeysValues(*(x_BTKH.reshape(rows, length, heads, -1) for x_BTKH in new))
+            short = ((0, 0), (0, 0), (0, 0), (0, width - new.k_BSKH.shape[3]))
+            new = KeysValues(*(jnp.pad(x_BTKH, short) for x_BTKH in new))
         rows_B1 = jnp.arange(len(positions_BT))[:, None]
         # Of several positions that share a place, the last one stays; the others, and empty ones, go nowhere.
         last_B1 = positions_BT.max(axis=1, keepdims=True)
@@ -67,6 +78,12 @@ class Cache(NamedTuple):
             self.v_BKSH.at[rows_B1, :, place_BT].set(new.v_BSKH, mode="drop"),
             self.positions_BS.at[rows_B1, place_BT].set(positions_BT, mode="drop"),
         )
+
+
+def _joined(heads: int) -> int:
+    """Heads that a cache joins."""
+    shards = mesh_at_hand().shape.get("tensor", 1)
+    return heads // shards if jax.default_backend() == "tpu" and heads % shards == 0 else 1
 
 
 class Attended(NamedTuple):
@@ -108,6 +125,7 @@ class Attention(nnx.Module):
         self.out = Linear(out, {"N": heads, "H": head_size}, {"D": width}, bias=bias, init=residual_init)
         self.q_norm = RMSNorm(head_size, norm_eps, letters="H") if qk_norm else None
         self.k_norm = RMSNorm(head_size, norm_eps, letters="H") if qk_norm else None
+        self.kv_heads = kv_heads
         self.rope_theta = rope_theta
         self.dropout = dropout
         self.query_scale = query_scale
@@ -130,7 +148,10 @@ class Attention(nnx.Module):
         """Let x look at keys and values: [B, T, D] -> [B, T, D]."""
         q_BTNH = self._place(constrain(self.q(x_BTD), "BTNH"), self.q_norm, positions_BT)
         q_BTNH = q_BTNH if self.query_scale == 1.0 else q_BTNH * self.query_scale
-        out_BTNH, weights_BNTS = attention(q_BTNH, *seen, mask, dropout=self.dropout, key=key, backend=self.backend)
+        joined = self.kv_heads // seen.k_BSKH.shape[2]
+        out_BTNH, weights_BNTS = attention(
+            q_BTNH, *seen, mask, dropout=self.dropout, key=key, backend=self.backend, joined=joined
+        )
         return Attended(self.out(constrain(out_BTNH, "BTNH")), weights_BNTS)
 
     def _place(self, x_BTNH: jax.Array, norm: RMSNorm | None, positions_BT: jax.Array | None) -> jax.Array:
