@@ -182,6 +182,12 @@ def test_a_profile_names_the_operations_of_the_step(tmp_path):
     assert [one["share"] for one in operations] == sorted((one["share"] for one in operations), reverse=True)
     assert any("dot_general" in one["source"] for one in operations)
     assert not {one["name"].split(".")[0] for one in operations} & {"while", "call"}
+    assert any(one["where"].startswith("nn/layers.py:") for one in operations)
+    parts = {one["part"]: one for one in found["parts"]}
+    assert {"Attention > Linear", "FeedForward > Linear", "optax"} <= parts.keys()
+    assert sum(one["milliseconds"] for one in parts.values()) == pytest.approx(found["busy_milliseconds"])
+    assert all(one["milliseconds"] == pytest.approx(one["forward"] + one["backward"]) for one in parts.values())
+    assert parts["FeedForward > Linear"]["backward"] > 0 == parts["optax"]["backward"]
     assert Path(found["trace"]).is_relative_to(tmp_path)
     with pytest.raises(UserError, match=r"--steps must be at least 1"):
         profile(SMALL, tmp_path, steps=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from transformer_jax.bench.compiled import compile_step
 from transformer_jax.bench.train import Watch, checked
 from transformer_jax.config import Experiment
 from transformer_jax.errors import UserError
-from transformer_jax.planning.hlo import Instruction, parse
+from transformer_jax.planning.hlo import Frame, Instruction, Program, parse
 from transformer_jax.provenance import provenance
 
 CALLS = ("while", "call", "conditional")
 """What only runs others, whose time is theirs."""
+CALLERS = ("Verb", "Trainer")
+"""Classes that a step is called by."""
 
 
 def profile(experiment: Experiment, folder: Path, steps: int = 5) -> dict[str, Any]:
@@ -30,7 +33,8 @@ def profile(experiment: Experiment, folder: Path, steps: int = 5) -> dict[str, A
         steps: traced, after two that are not.
 
     Returns:
-        JSON-able: operations with milliseconds and calls a step, longest first; where they come from in JAX.
+        JSON-able, both longest first: parts of the model with milliseconds a step, forward and backward, and operations
+        with milliseconds and calls a step; where they come from in JAX and in Python.
 
     Raises:
         UserError: bad input, or a trace that names no operation of the step.
@@ -71,10 +75,12 @@ def profile(experiment: Experiment, folder: Path, steps: int = 5) -> dict[str, A
         "steps": steps,
         "trace": str(file),
         "busy_milliseconds": total / steps / 1e6,
+        "parts": _parts({name: (known[name], spent / steps / 1e6) for name, spent in nanoseconds.items()}, program),
         "operations": [
             {
                 "name": name,
                 "source": _short(known[name].source),
+                "where": _where(program.stack(known[name])),
                 "milliseconds": spent / steps / 1e6,
                 "share": spent / total,
                 "calls": calls[name] / steps,
@@ -98,6 +104,39 @@ def _added_up(file: Path, known: dict[str, Instruction]) -> tuple[Counter[str], 
                     nanoseconds[name] += int(event.duration_ns)
                     calls[name] += 1
     return nanoseconds, calls
+
+
+def _parts(spent: dict[str, tuple[Instruction, float]], program: Program) -> list[dict[str, Any]]:
+    """Add up milliseconds by the part of the model that they are for."""
+    parts: dict[str, dict[str, Any]] = {}
+    total = sum(milliseconds for _, milliseconds in spent.values())
+    for instruction, milliseconds in spent.values():
+        name = _part(program.stack(instruction))
+        part = parts.setdefault(name, {"part": name, "milliseconds": 0.0, "forward": 0.0, "backward": 0.0})
+        part["milliseconds"] += milliseconds
+        part["backward" if "transpose(" in instruction.source else "forward"] += milliseconds
+    found = sorted(parts.values(), key=lambda part: -part["milliseconds"])
+    return [part | {"share": part["milliseconds"] / total} for part in found]
+
+
+def _part(stack: list[Frame]) -> str:
+    """Name what a line of Python is for: its module in the one around it ("FeedForward > Linear"), or its package."""
+    if not stack:
+        return "(XLA does not say)"
+    package = Path(stack[-1].file.rpartition("site-packages/")[2]).parts[0]
+    if "transformer_jax" not in Path(stack[-1].file).parts and package != "/":
+        return package
+    classes = [frame.function.split(".")[0] for frame in stack if frame.function[:1].isupper()]
+    modules = [name for name, _ in itertools.groupby(classes) if name not in CALLERS]
+    return " > ".join(modules[-2:]) or stack[-1].function
+
+
+def _where(stack: list[Frame]) -> str:
+    """Write the innermost function with its file and line."""
+    if not stack:
+        return ""
+    file = Path(stack[-1].file)
+    return f"{file.parent.name}/{file.name}:{stack[-1].line} {stack[-1].function.split('.<locals>')[0]}"
 
 
 def _short(source: str) -> str:

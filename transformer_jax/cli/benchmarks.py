@@ -220,11 +220,15 @@ def _profile(_: str, options: ProfileOptions) -> int:
     if options.json:
         print_json(found)
     else:
-        rows = Table("ms a step", "share", "calls", "operation", "where it comes from", box=None, pad_edge=False)
+        parts = Table("ms a step", "share", "forward", "backward", "part", box=None, pad_edge=False)
+        for one in found["parts"][: options.top]:
+            milliseconds = [f"{one[name]:.3f}" for name in ("milliseconds", "forward", "backward")]
+            parts.add_row(milliseconds[0], f"{one['share']:.1%}", *milliseconds[1:], one["part"])
+        rows = Table("ms a step", "share", "calls", "operation", "of", "line", box=None, pad_edge=False)
         for one in found["operations"][: options.top]:
             figures = f"{one['milliseconds']:.3f}", f"{one['share']:.1%}", f"{one['calls']:g}"
-            rows.add_row(*figures, one["name"], one["source"])
-        out().print(rows)
+            rows.add_row(*figures, one["name"], one["source"].rpartition("/")[2], one["where"])
+        out().print(parts, "", rows)
     say(f"trace: {found['trace']}  (xprof --logdir {folder}, or TensorBoard)")
     return 0
 

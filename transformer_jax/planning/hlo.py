@@ -23,6 +23,7 @@ SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "
 _ARRAY = re.compile(r"\b(pred|[sufbc]\w*\d\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_TABLE = re.compile(r'(\d+) (?:"(.*)"|\{(.*)\})$')
 _CALLED = re.compile(r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
@@ -91,12 +92,35 @@ class Instruction:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """One function on the way to the line of Python that an instruction comes from."""
+
+    function: str
+    """As in Python: "Attention.__call__", "train_step.<locals>.loss"."""
+    file: str
+    line: int
+
+
+@dataclass(frozen=True)
 class Program:
     """A compiled module."""
 
     computations: dict[str, dict[str, Instruction]]
     """Instructions by name, in the order of the schedule."""
     entry: str
+    tables: dict[str, dict[int, str]]
+    """Where instructions come from: FileNames, FunctionNames, FileLocations and StackFrames by number, as printed."""
+
+    def stack(self, instruction: Instruction) -> list[Frame]:
+        """Return the functions that an instruction comes from, the innermost last; none if XLA does not say."""
+        frames, number = [], int(instruction.attribute("stack_frame_id") or 0)
+        while number:
+            frame = _numbers(self.tables["StackFrames"][number])
+            place = _numbers(self.tables["FileLocations"][frame["file_location_id"]])
+            function = self.tables["FunctionNames"][place["function_name_id"]]
+            frames.append(Frame(function, self.tables["FileNames"][place["file_name_id"]], place["line"]))
+            number = frame["parent_frame_id"] - 1  # 1 is: none
+        return frames[::-1]
 
     @cached_property
     def times(self) -> dict[str, int]:
@@ -168,8 +192,13 @@ def _called(instruction: Instruction) -> list[str]:
 def parse(text: str) -> Program:
     """Read the text of a compiled module (`compiled.as_text()`)."""
     computations: dict[str, dict[str, Instruction]] = {}
+    tables: dict[str, dict[int, str]] = {}
     entry, current = "", None
     for line in text.splitlines():
+        if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+            table = tables[line] = {}
+        elif current is None and (match := _TABLE.match(line)):
+            table[int(match[1])] = match[2] or match[3] or ""
         if not line.startswith(" "):
             if match := _COMPUTATION.match(line):
                 current = computations[match[2]] = {}
@@ -184,7 +213,12 @@ def parse(text: str) -> Program:
                 operands, attributes = "", f"{operands}){attributes}"
             names = tuple(part.split()[-1].lstrip("%") for part in _split(operands))
             current[match[2]] = Instruction(match[2], type_, opcode, names, attributes, bool(match[1]))
-    return Program(computations, entry)
+    return Program(computations, entry, tables)
+
+
+def _numbers(fields: str) -> dict[str, int]:
+    """Read "file_location_id=2 parent_frame_id=1"."""
+    return {name: int(number) for name, number in (field.split("=") for field in fields.split())}
 
 
 def _after_type(text: str) -> tuple[str, str]:
