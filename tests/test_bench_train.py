@@ -10,6 +10,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 
 from tests.tiny import tiny, write_pairs
@@ -154,6 +155,17 @@ def as_chip(monkeypatch, name):
     chip = next(chip for chip in CHIPS if chip.name == name)
     monkeypatch.setattr(ceilings, "chip_of", lambda _: chip)
     return chip
+
+
+def test_a_run_beside_other_programs_says_so(monkeypatch):
+    monkeypatch.setattr(psutil, "cpu_count", lambda: 8)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 31.25)
+    assert ceilings.busy().startswith("other programs kept 2.5 of 8 cores busy")
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 12.5)
+    assert not ceilings.busy()
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 100.0)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not ceilings.busy()
 
 
 @pytest.mark.usefixtures("measured")

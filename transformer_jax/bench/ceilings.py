@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -115,12 +114,16 @@ def ceilings(dtype: str, given: float = 0.0) -> Ceilings:
 
 def busy() -> str:
     """Say if other programs keep the cores busy that a CPU's figures are about; "" if not, or on an accelerator."""
-    if jax.default_backend() != "cpu" or not hasattr(os, "getloadavg"):
+    if jax.default_backend() != "cpu":
         return ""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load < 0.5 * cores:
+    import psutil  # noqa: PLC0415 - only where cores are what is measured
+
+    cores = psutil.cpu_count() or 1
+    # While we sleep; a load average would still hold the run before.
+    kept = psutil.cpu_percent(interval=0.5) / 100 * cores
+    if kept < 0.25 * cores:
         return ""
-    return f"{load:.1f} programs were busy on {cores} cores before this run began: its figures are disturbed"
+    return f"other programs kept {kept:.1f} of {cores} cores busy before this run began: its figures are disturbed"
 
 
 def matmul_rate(dtype: str) -> float:
