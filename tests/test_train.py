@@ -203,3 +203,17 @@ def test_bad_meshes(mesh, message):
 def test_batch_that_the_mesh_does_not_divide():
     with pytest.raises(UserError, match=r"set --data\.rows-multiple 16"):
         Trainer.of(replace(EXPERIMENT, train=replace(EXPERIMENT.train, accumulate=2)))
+
+
+def test_options_of_the_compiler_reach_it_or_are_named(tmp_path):
+    def compiled_with(*options):
+        return replace(tiny(), compute=ComputeConfig(xla=options))
+
+    options = f"xla_dump_to={tmp_path}", "xla_dump_hlo_as_text=true", "xla_backend_optimization_level=1"
+    trainer = Trainer.of(compiled_with(*options))
+    assert trainer.describe().endswith(f"remat none, xla {' '.join(options)}")
+    trainer.lower_train_step(tiny().data.batch_shapes()).compile()
+    assert any("train_step" in file.name for file in tmp_path.iterdir())
+    for option, why in (("fast", "NAME=VALUE"), ("xla_no_such=1", "No such"), ("xla_dump_hlo_as_text=maybe", "bool")):
+        with pytest.raises(UserError, match=rf"--compute\.xla {option}: .*{why}"):
+            Trainer.of(compiled_with(option))

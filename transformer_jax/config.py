@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import operator
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,6 +56,14 @@ class ComputeConfig(Config):
     attention: Literal["auto", "xla", "blockwise", "cudnn", "splash"] = "auto"
     """Attention backend: plain; in blocks, with memory linear in context; the kernels for GPU and TPU. auto takes the
     fastest that can serve; a named one that cannot is an error."""
+    xla: tuple[str, ...] = ()
+    """Options of XLA for the training step, each NAME=VALUE: as in XLA_FLAGS and LIBTPU_INIT_ARGS, without dashes."""
+
+    def check(self) -> None:
+        """Raise `UserError` for an option that has no name or no value."""
+        for option in self.xla:
+            if not re.fullmatch(r"\w+=.+", option):
+                raise UserError(f"--compute.xla {option}: an option is given as NAME=VALUE, without dashes.")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -97,9 +97,21 @@ class Trainer:
             )
         tx = optimizer(experiment.optim, skeleton.letters, experiment.model.width_multiplier)
         trainer = Trainer(experiment, skeleton, tx, mesh)
+        trainer.check_compiler()
         if mesh.shape[CONTEXT] > 1:
             trainer.check_positions()
         return trainer
+
+    def check_compiler(self) -> None:
+        """Raise `UserError` if the compiler of these devices does not know an option of `compute.xla`."""
+        if not isinstance(self.mesh.devices.flat[0], jax.Device):
+            return  # a stand-in of an estimate, which has no compiler
+        for option in self.experiment.compute.xla:
+            nothing = jax.jit(lambda: jnp.zeros(()), out_shardings=replicated(self.mesh))
+            try:
+                nothing.lower().compile(_compiler_options([option]))
+            except (jax.errors.JaxRuntimeError, ValueError) as error:
+                raise UserError(f"--compute.xla {option}: {str(error).splitlines()[0]}") from error
 
     def check_positions(self) -> None:
         """Raise `UserError` if the mesh does not divide the positions of the largest batch, by tracing its loss.
@@ -126,6 +138,7 @@ class Trainer:
             f"{self.experiment.name}: {parameter_count(self.skeleton.abstract):,} parameters on "
             f"{self.mesh.size} x {device.device_kind} ({axes}), {compute.dtype}, {layers} layers, "
             f"attention by {compute.attention}{around}, remat {compute.remat}"
+            f"{', xla ' * bool(compute.xla)}{' '.join(compute.xla)}"
         )
 
     def init(self) -> TrainState:
@@ -175,7 +188,7 @@ class Trainer:
         """Return the jitted (state, batch, guard) -> (state, metrics); the old state's memory is reused."""
         # Metrics lie on every device, as "applied" does when it comes back in the next guard: one compilation.
         layout = (self.shardings(), replicated(self.mesh))
-        return self._under_mesh(jax.jit(partial(train_step, self), out_shardings=layout, donate_argnums=0))
+        return self._under_mesh(self._jit_step(layout))
 
     def lower_train_step(self, shapes: BatchShapes) -> jax.stages.Lowered:
         """Lower the training step for a batch of these shapes, without arrays and without devices that are there."""
@@ -185,9 +198,15 @@ class Trainer:
             self.abstract_state(),
             layout,
         )
-        step = jax.jit(partial(train_step, self), out_shardings=(layout, None), donate_argnums=0)
+        step = self._jit_step((layout, None))
         with jax.set_mesh(self.mesh):
             return step.lower(state, batch)
+
+    def _jit_step(self, layout: Any) -> Any:
+        options = _compiler_options(self.experiment.compute.xla)
+        return jax.jit(
+            partial(train_step, self), out_shardings=layout, donate_argnums=0, compiler_options=options or None
+        )
 
     def eval_step(self) -> Any:
         """Return the jitted (params, batch) -> (sums, weights), deterministic."""
@@ -207,6 +226,12 @@ class Trainer:
                 return jitted(*args)
 
         return call
+
+
+def _compiler_options(options: Sequence[str]) -> dict[str, str | bool]:
+    """Split NAME=VALUE; XLA reads numbers itself, and spells switches with capitals."""
+    switches = {"true": True, "false": False}
+    return {name: switches.get(value, value) for name, _, value in (option.partition("=") for option in options)}
 
 
 def train_step(
