@@ -193,6 +193,7 @@ def parse(text: str) -> Program:
     """Read the text of a compiled module (`compiled.as_text()`)."""
     computations: dict[str, dict[str, Instruction]] = {}
     tables: dict[str, dict[int, str]] = {}
+    table: dict[int, str] = {}
     entry, current = "", None
     for line in text.splitlines():
         if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
