@@ -23,12 +23,13 @@ from transformer_jax.bench.checkpoint import bench_checkpoint
 from transformer_jax.bench.data import bench_data, one_core
 from transformer_jax.bench.decode import Prompted, bench_decode
 from transformer_jax.bench.depth import at_depth, bench_compile
-from transformer_jax.bench.profile import profile
+from transformer_jax.bench.profile import _part, profile
 from transformer_jax.bench.report import lines
 from transformer_jax.bench.run import Request, bench
 from transformer_jax.bench.train import Effort
 from transformer_jax.config import ComputeConfig
 from transformer_jax.errors import UserError
+from transformer_jax.planning.hlo import Frame
 from transformer_jax.recipes import find_recipe
 
 QUICK = Effort(budget=0.2, width=0.5, warm_cache=False)
@@ -172,6 +173,20 @@ def test_compiling_at_depth():
     assert at_depth(SMALL, 5).model.decoder_layers == at_depth(SMALL, 5).model.encoder_layers == 5
     with pytest.raises(UserError, match=r"--layers must be at least 1"):
         bench_compile(SMALL, ())
+
+
+def test_parts_have_the_names_of_modules_and_packages():
+    ours = [
+        Frame("Verb.call", "/a/transformer_jax/cli/verb.py", 1),
+        Frame("Block.__call__", "/a/transformer_jax/nn/block.py", 2),
+        Frame("FeedForward.__call__", "/a/transformer_jax/nn/layers.py", 3),
+        Frame("product", "/a/transformer_jax/nn/layers.py", 4),
+    ]
+    there = "/a/transformer_jax/.venv/lib/python3.11/site-packages"
+    assert _part(ours) == _part([replace(frame, file=frame.file.replace("/a", there)) for frame in ours])
+    assert _part(ours) == "Block > FeedForward"
+    assert _part([*ours, Frame("scale_by_adam.<locals>.update_fn", f"{there}/optax/transforms/adam.py", 5)]) == "optax"
+    assert _part([Frame("own_loss", "mine.py", 6)]) == "own_loss"
 
 
 def test_a_profile_names_the_operations_of_the_step(tmp_path):

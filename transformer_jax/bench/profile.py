@@ -123,9 +123,9 @@ def _part(stack: list[Frame]) -> str:
     """Name what a line of Python is for: its module in the one around it ("FeedForward > Linear"), or its package."""
     if not stack:
         return "(XLA does not say)"
-    package = Path(stack[-1].file.rpartition("site-packages/")[2]).parts[0]
-    if "transformer_jax" not in Path(stack[-1].file).parts and package != "/":
-        return package
+    _, installed, path = stack[-1].file.rpartition("site-packages/")
+    if installed and not path.startswith("transformer_jax/"):
+        return path.partition("/")[0]
     classes = [frame.function.split(".")[0] for frame in stack if frame.function[:1].isupper()]
     modules = [name for name, _ in itertools.groupby(classes) if name not in CALLERS]
     return " > ".join(modules[-2:]) or stack[-1].function
